@@ -1,0 +1,1 @@
+"""Network plugin of cri-dispatcher: pod networks by CNI plugins."""

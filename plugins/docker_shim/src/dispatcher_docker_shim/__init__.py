@@ -1,0 +1,1 @@
+"""Runtime plugin of cri-dispatcher: pods in a Docker Engine."""

@@ -1,0 +1,1 @@
+"""Stream plugin of cri-dispatcher: exec, attach and port-forward."""

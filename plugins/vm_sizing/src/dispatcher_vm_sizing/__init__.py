@@ -1,0 +1,1 @@
+"""Sizer plugin of cri-dispatcher: how large a virtual machine a pod needs."""
