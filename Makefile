@@ -25,3 +25,11 @@ $(VENV)/.ready: requirements/dev.lock pyproject.toml $(wildcard plugins/*/pyproj
 
 lock:  ## Write requirements/*.lock anew from the declared dependencies (needs uv; UPGRADE=1 moves versions)
 	$(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+proto: $(VENV)-proto/.ready  ## Compile dispatcher/cri/api.proto with the pinned generator
+	$(VENV)-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. dispatcher/cri/api.proto
+
+$(VENV)-proto/.ready: requirements/proto.lock
+	test -x $(VENV)-proto/bin/python || $(PYTHON) -m venv $(VENV)-proto
+	$(VENV)-proto/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/proto.lock
+	touch $@

@@ -1,0 +1,1 @@
+"""The CRI endpoint: the only package that knows gRPC."""
