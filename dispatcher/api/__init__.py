@@ -46,6 +46,7 @@ from dispatcher.api.runtimes import (
     RuntimeHealth,
 )
 from dispatcher.effects import effect
+from dispatcher.netns import run_in_namespace
 
 __all__ = [
     "API_VERSION",
@@ -85,4 +86,5 @@ __all__ = [
     "effect",
     "hookimpl",
     "hookspec",
+    "run_in_namespace",
 ]
