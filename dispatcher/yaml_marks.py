@@ -256,27 +256,49 @@ def load(text: str | bytes, file: str) -> Document:
     Raises:
         YamlError: the text is no YAML, too large, too deep, has a key twice or something that is not allowed.
     """
+    return _parse(text, [_Builder(file)], file)[0].document
+
+
+def load_all(text: str | bytes, file: str) -> tuple[Document, ...]:
+    """Parse a text of several documents, as Kubernetes manifests are. Empty documents are left out.
+
+    Raises:
+        YamlError: as `load`; the limits hold for each document, the size for the whole text.
+    """
+    builders = _parse(text, [], file)
+    return tuple(builder.document for builder in builders if builder.document.data is not None)
+
+
+def _parse(text: str | bytes, builders: list[_Builder], file: str) -> list[_Builder]:
+    """Feed all events to the one builder that was given, or else to a new one for each document."""
+    is_single = bool(builders)
     if len(text) > MAX_BYTES:
         raise YamlError([Problem(file, 1, 1, f"larger than {MAX_BYTES >> 20} MiB")])
-    builder = _Builder(file)
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         for event in yaml.parse(text, Loader=loader):
-            builder.feed(event)
+            if isinstance(event, yaml.DocumentStartEvent) and not is_single:
+                builders.append(_Builder(file))
+            if builders:
+                builders[-1].feed(event)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         message = ", ".join(filter(None, (error.context, error.problem)))
-        raise YamlError([*builder.problems, Problem(file, line, column, message)]) from None
+        raise YamlError([*_problems(builders), Problem(file, line, column, message)]) from None
     except UnicodeError as error:
         raise YamlError([Problem(file, 1, 1, f"not UTF-8 text: {error}")]) from None
     except yaml.YAMLError as error:
-        raise YamlError([*builder.problems, Problem(file, 1, 1, " ".join(str(error).split()))]) from None
-    if builder.problems:
-        raise YamlError(builder.problems)
-    return builder.document
+        raise YamlError([*_problems(builders), Problem(file, 1, 1, " ".join(str(error).split()))]) from None
+    if problems := _problems(builders):
+        raise YamlError(problems)
+    return builders
+
+
+def _problems(builders: Iterable[_Builder]) -> list[Problem]:
+    return [problem for builder in builders for problem in builder.problems]
 
 
 # ----------------------------------------------------------------------------------------------------------- validate
