@@ -1,0 +1,53 @@
+"""Session fixtures that start the real parts. A part that this machine lacks skips the test, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.child import PartMissingError
+from tests.lab.engine import Engine, sweep_stale
+from tests.lab.images import TestImages
+from tests.lab.registry import Registry
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """The session's private Docker Engine, running. A test that stops or kills it starts it again."""
+    sweep_stale()
+    try:
+        engine = Engine()
+    except PartMissingError as exc:
+        pytest.skip(str(exc))
+    try:
+        engine.start()
+        print(engine.describe())
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[Registry]:
+    """The session's registry: plain HTTP, no credentials."""
+    try:
+        registry = Registry()
+    except PartMissingError as exc:
+        pytest.skip(str(exc))
+    try:
+        registry.start()
+        yield registry
+    finally:
+        registry.close()
+
+
+@pytest.fixture(scope="session")
+def test_images(registry: Registry) -> TestImages:
+    """The offline images, pushed to the session's registry."""
+    images = TestImages(registry)
+    try:
+        images.push_all()
+    except PartMissingError as exc:
+        pytest.skip(str(exc))
+    return images

@@ -1,0 +1,271 @@
+"""A private Docker Engine for tests: own folders, own socket, no bridge, no firewall rules, own cgroup parent.
+
+The user's engine is never touched. The engine can be killed and restarted; `close` removes every container, mount and
+cgroup that it made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from tests.lab.child import Child, PartMissingError, find_program, has_capability, lab_folder, require_root, wait_until
+from tests.lab.http import Reply, request
+
+_CAP_SYS_RESOURCE = 24
+# Up to this major version the daemon writes a key below /etc unless it is told another place.
+_LAST_MAJOR_WITH_TRUST_KEY = 23
+
+
+class Engine:
+    """One dockerd. `start` returns when it answers; `kill` leaves its containers to live-restore."""
+
+    def __init__(self, *, live_restore: bool = True, extra: Mapping[str, object] | None = None) -> None:
+        """Prepare the folders and the configuration; nothing runs yet.
+
+        Args:
+            live_restore: Whether containers outlive the daemon.
+            extra: More keys for daemon.json.
+
+        Raises:
+            PartMissingError: No root, or no Docker Engine on this machine.
+        """
+        require_root()
+        self.dockerd = os.environ.get("DISPATCHER_LAB_DOCKERD") or find_program("dockerd")
+        find_program("containerd")
+        self.runc = find_program("runc")
+        self.version = _version_of(self.dockerd)
+        self.uses_wrapper = not has_capability(_CAP_SYS_RESOURCE)
+
+        self.root = lab_folder("engine")
+        self.socket = self.root / "docker.sock"
+        self.cgroup_parent = f"/{self.root.name}"
+        self._config = self.root / "daemon.json"
+        self._settings = self._make_settings(live_restore=live_restore, extra=extra or {})
+        self._child = Child([self.dockerd, "--config-file", str(self._config)], log=self.root / "dockerd.log")
+
+    def _make_settings(self, *, live_restore: bool, extra: Mapping[str, object]) -> dict[str, object]:
+        settings: dict[str, object] = {
+            "data-root": str(self.root / "data"),
+            "exec-root": str(self.root / "exec"),
+            "pidfile": str(self.root / "dockerd.pid"),
+            "hosts": [self.url],
+            "bridge": "none",
+            "iptables": False,
+            "ip6tables": False,
+            "live-restore": live_restore,
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "cgroup-parent": self.cgroup_parent,
+            "log-level": "warn",
+        }
+        if self.version[0] <= _LAST_MAJOR_WITH_TRUST_KEY:
+            settings["deprecated-key-path"] = str(self.root / "key.json")
+        if self.uses_wrapper:
+            settings["runtimes"] = {"clamped": {"path": str(self._write_wrapper())}}
+            settings["default-runtime"] = "clamped"
+        return {**settings, **extra}
+
+    def _write_wrapper(self) -> Path:
+        """Engines want one executable path, so the interpreter and the real runtime are named in a shell script."""
+        script = self.root / "oci-wrapper"
+        wrapper = Path(__file__).with_name("oci_wrapper.py")
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{wrapper}" "{self.runc}" "$@"\n')
+        script.chmod(script.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        return script
+
+    @property
+    def url(self) -> str:
+        """The address for DOCKER_HOST."""
+        return f"unix://{self.socket}"
+
+    @property
+    def pid(self) -> int:
+        """The pid of dockerd."""
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether dockerd runs."""
+        return self._child.running
+
+    def describe(self) -> str:
+        """One line for the test report: version, and whether the wrapper runtime stands in."""
+        text = f"Docker Engine {'.'.join(map(str, self.version))}"
+        return text + (" through the OCI runtime wrapper (no CAP_SYS_RESOURCE here)" if self.uses_wrapper else "")
+
+    def start(self, *, timeout_s: float = 60) -> None:
+        """Start dockerd and wait until it answers."""
+        self._config.write_text(json.dumps(self._settings, indent=1))
+        self._child.start()
+        self._child.wait_ready(self._answers, timeout_s=timeout_s)
+
+    def set_live_restore(self, *, enabled: bool) -> None:
+        """Choose live-restore for the next start."""
+        self._settings["live-restore"] = enabled
+
+    def stop(self) -> None:
+        """End dockerd with SIGTERM. Containers stay with live-restore, and are stopped without it."""
+        self._child.stop(timeout_s=40)
+
+    def kill(self) -> None:
+        """End dockerd with SIGKILL and wait until its containerd is gone as well."""
+        managed = self._containerd_pid()
+        self._child.kill()
+        if managed is not None:
+            # dockerd asks the kernel to kill its containerd with it. A new dockerd takes even a zombie under that pid
+            # for a running containerd and waits for it in vain, so wait until init has reaped it.
+            with suppress(TimeoutError):
+                wait_until(lambda: not Path(f"/proc/{managed}").exists(), timeout_s=10, what="containerd remains")
+
+    def restart(self) -> None:
+        """Stop if running, then start."""
+        self.stop()
+        self.start()
+
+    def pause(self) -> None:
+        """Freeze dockerd (SIGSTOP): calls to it hang instead of failing."""
+        self._child.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._child.signal(signal.SIGCONT)
+
+    def request(self, method: str, path: str, document: object = None) -> Reply:
+        """Send one request to the engine's API."""
+        body = b"" if document is None else json.dumps(document).encode()
+        return request(self.socket, method, path, headers={"Content-Type": "application/json"}, body=body)
+
+    def containers(self) -> list[dict[str, Any]]:
+        """All containers of this engine, running or not, as its API lists them."""
+        found: list[dict[str, Any]] = self.request("GET", "/containers/json?all=1").json()
+        return found
+
+    def inspect(self, container: str) -> dict[str, Any]:
+        """One container as the API shows it.
+
+        Raises:
+            KeyError: There is no such container.
+        """
+        reply = self.request("GET", f"/containers/{quote(container)}/json")
+        if reply.status != 200:
+            raise KeyError(container)
+        found: dict[str, Any] = reply.json()
+        return found
+
+    def images(self) -> list[dict[str, Any]]:
+        """All images of this engine, as its API lists them."""
+        found: list[dict[str, Any]] = self.request("GET", "/images/json?all=1").json()
+        return found
+
+    def remove_containers(self) -> None:
+        """Kill and remove every container."""
+        for container in self.containers():
+            self.request("DELETE", f"/containers/{container['Id']}?force=1&v=1")
+
+    def log_text(self) -> str:
+        """What dockerd printed."""
+        return self._child.log_text()
+
+    def close(self) -> None:
+        """Remove everything that this engine made. Idempotent."""
+        if not self.root.exists():
+            return
+        with suppress(OSError, RuntimeError, TimeoutError):
+            self.resume()
+            if not self.running:
+                self.start()
+            self.remove_containers()
+        self.stop()
+        sweep(self.root)
+
+    def _answers(self) -> bool:
+        with suppress(OSError):
+            return self.request("GET", "/_ping").status == 200
+        return False
+
+    def _containerd_pid(self) -> int | None:
+        with suppress(OSError, ValueError):
+            return int((self.root / "exec/containerd/containerd.pid").read_text())
+        return None
+
+
+def sweep(root: Path) -> None:
+    """End what a lab folder's engine left (shims and their containers, mounts, cgroups), then remove the folder."""
+    mark = str(root)
+    leftovers = [pid for pid, argv in _processes() if any(mark in part for part in argv[:12]) and pid != os.getpid()]
+    doomed = {pid for pid, _argv in _processes() if _parent(pid) in leftovers} | set(leftovers)
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(TimeoutError):
+        wait_until(lambda: not any(_alive(pid) for pid in doomed), timeout_s=10, what="leftover processes remain")
+    for point in reversed(_mounts_below(root)):
+        subprocess.run(["umount", "-l", point], check=False, capture_output=True)
+    for folder in Path("/sys/fs/cgroup").glob(f"**/{root.name}"):
+        for inner in sorted(folder.glob("**/"), key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):
+                inner.rmdir()
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def sweep_stale() -> list[Path]:
+    """Sweep lab folders whose test session is dead (it was killed before its clean-up). Returns what was swept."""
+    swept = []
+    for owner in Path(lab_folder_parent()).glob("cri-lab-*/owner"):
+        with suppress(OSError, ValueError):
+            if not _alive(int(owner.read_text())):
+                sweep(owner.parent)
+                swept.append(owner.parent)
+    return swept
+
+
+def lab_folder_parent() -> str:
+    """Where lab folders are made."""
+    import tempfile
+
+    return tempfile.gettempdir()
+
+
+def _version_of(dockerd: str) -> tuple[int, int]:
+    text = subprocess.run([dockerd, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", text)
+    if found is None:
+        raise PartMissingError(f"{dockerd} does not tell its version: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _processes() -> list[tuple[int, list[str]]]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found.append((int(folder.name), (folder / "cmdline").read_text(errors="replace").split("\0")))
+    return found
+
+
+def _mounts_below(root: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [point for line in lines if (point := line.split()[4]).startswith(f"{root}/")]
