@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -253,6 +253,12 @@ class StreamingProvider(Protocol):
         """An absolute URL for one port-forward session; `ports` is empty over SPDY."""
 
 
+Observe = Callable[[str, float, Mapping[str, str]], None]
+"""Takes a measurement: `(what, value, labels)`. Known to the core's metrics, others are ignored: "cni.step" (seconds;
+plugin, command, outcome), "image.pull" (seconds; outcome), "image.bytes" (bytes fetched). `outcome` is "ok" or an
+error's class. Costs microseconds, never raises."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """What a plugin's factory is given beside its section: narrow, and nothing else.
@@ -268,6 +274,7 @@ class Services:
     images: ImageProvider | None = None
     sizer: Sizer | None = None
     notify: Callable[[str, str], None] = field(default=lambda _reason, _message: None)  # a condition for operators
+    observe: Observe = field(default=lambda _what, _value, _labels: None)  # a measurement, see `Observe`
 
 
 OutputIterator = AsyncIterator[tuple[str, bytes]]
