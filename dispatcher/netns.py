@@ -169,7 +169,7 @@ async def run_in_namespace(path: Path, function: Callable[[], R]) -> R:
 
 
 # ------------------------------------------------------------------------------------------------- making and removing
-def find_inode(path: Path) -> int | None:
+def find_namespace_inode(path: Path) -> int | None:
     """Return the inode of the namespace mounted at `path`, which tells it from every other one, or None."""
     try:
         status = path.stat()
@@ -204,7 +204,7 @@ async def ensure_namespace(path: Path) -> int:
     def inside() -> int:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        if find_inode(path) is not None:
+        if find_namespace_inode(path) is not None:
             _enter(path)
         else:
             _call("unshare", _CLONE_NEWNET)

@@ -46,7 +46,7 @@ from dispatcher.api.runtimes import (
     RuntimeHealth,
 )
 from dispatcher.effects import effect
-from dispatcher.netns import run_in_namespace
+from dispatcher.netns import ensure_namespace, find_namespace_inode, run_in_namespace
 
 __all__ = [
     "API_VERSION",
@@ -84,6 +84,8 @@ __all__ = [
     "StreamingProvider",
     "VmSize",
     "effect",
+    "ensure_namespace",
+    "find_namespace_inode",
     "hookimpl",
     "hookspec",
     "run_in_namespace",
