@@ -1,0 +1,57 @@
+"""Records as bytes and back. JSON, so that an operator can read a database with any tool.
+
+The whole tree of dataclasses is described by their own annotations; there is no second list of fields to forget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from dispatcher.model import ContainerRecord, PodRecord
+
+R = TypeVar("R", PodRecord, ContainerRecord)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """A row that could not be read. It is kept in the database, apart, and whatever it describes is left running."""
+
+    kind: str
+    id: str
+    reason: str
+    at_ns: int
+
+
+class UnreadableError(ValueError):
+    """A row's bytes do not describe a record."""
+
+
+class Codec(Generic[R]):
+    """Turns records of one type into bytes and back."""
+
+    def __init__(self, record_type: type[R]) -> None:
+        self._adapter: TypeAdapter[R] = TypeAdapter(record_type)
+
+    def encode(self, record: R) -> bytes:
+        """Return the record as JSON."""
+        return self._adapter.dump_json(record)
+
+    def decode(self, body: bytes) -> R:
+        """Return the record that `encode` took.
+
+        Raises:
+            UnreadableError: the bytes are no record; the message says where.
+        """
+        try:
+            return self._adapter.validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UnreadableError(f"{where or 'record'}: {first['msg']}") from None
+
+
+POD_CODEC = Codec(PodRecord)
+CONTAINER_CODEC = Codec(ContainerRecord)
