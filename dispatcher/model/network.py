@@ -21,10 +21,11 @@ class NetworkPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """One route inside the pod. `gateway` is "" for an on-link route."""
+    """One route inside the pod. `gateway` is "" for an on-link route; `interface` is "" where it is not known."""
 
     destination: str
     gateway: str = ""
+    interface: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
