@@ -22,6 +22,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -76,7 +77,7 @@ def _fire(name: str, when: str) -> bool:
         elif armed.action == "hang":
             return True
         else:
-            with open(os.environ[_TRACE_ENV], "a", encoding="utf-8") as trace:
+            with Path(os.environ[_TRACE_ENV]).open("a", encoding="utf-8") as trace:
                 trace.write(f"{name}:{when}\n")
     return False
 

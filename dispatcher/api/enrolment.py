@@ -72,7 +72,8 @@ hookimpl = pluggy.HookimplMarker("dispatcher")
 
 class RoutingHooks:
     """Hooks that take part in a decision. Synchronous, no I/O: a hook has a time limit and is disabled after repeated
-    failures. `versionadded: 1.0`."""
+    failures. `versionadded: 1.0`.
+    """
 
     @hookspec
     def route_pod(self, pod: PodSpec) -> tuple[str, str] | None:

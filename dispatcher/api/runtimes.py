@@ -116,7 +116,8 @@ class Runtime(Protocol):
 
     async def start(self) -> None:
         """Begin to work. Called once, before any other method but the properties. An engine that is away is no error:
-        start, report not ready from `probe`, and recover by itself."""
+        start, report not ready from `probe`, and recover by itself.
+        """
 
     async def aclose(self) -> None:
         """Let go of connections and tasks. Pods go on running."""
@@ -126,7 +127,8 @@ class Runtime(Protocol):
 
     async def create_pod(self, pod: PodRef) -> CreatedPod:
         """Make the sandbox run in the namespace of `pod.attachment` (None: the host's network). All or nothing is
-        wanted but not needed: on an error the core calls `remove_pod`."""
+        wanted but not needed: on an error the core calls `remove_pod`.
+        """
 
     async def stop_pod(self, pod: PodRef) -> None:
         """Stop the sandbox and all of its containers, at once. Returns when their processes are proven gone.

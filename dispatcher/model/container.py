@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 from dispatcher.model.resources import Resources
 from dispatcher.model.security import ContainerSecurity, IdMapping
@@ -30,7 +31,7 @@ class ContainerMetadata:
 class EnvVar:
     """An environment variable. The value is bytes since CRI 1.37 and need not be UTF-8."""
 
-    __pydantic_config__ = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}
 
     key: str
     value: bytes
@@ -59,6 +60,7 @@ class Mount:
     uid_mappings: tuple[IdMapping, ...] = ()
     gid_mappings: tuple[IdMapping, ...] = ()
     image: ImageVolume | None = None
+    options: tuple[str, ...] = ()  # of the allow-list noexec, exec, nodev, dev, nosuid, suid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

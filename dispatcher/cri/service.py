@@ -1,0 +1,198 @@
+"""The gRPC servicer, built from one table: RPC name to handler. Everything that all RPCs share happens here, once.
+
+Each call gets a correlation id, is counted and timed, and has its errors mapped by `status_codes`. A handler returns a
+message, or bytes that are one already. Cancellation passes through untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from dispatcher.cri import api_pb2 as pb
+from dispatcher.cri.handlers import (
+    container_create,
+    container_run,
+    exec_sync,
+    images,
+    node,
+    pod_end,
+    pod_read,
+    pod_run,
+)
+from dispatcher.cri.lists import Lists
+from dispatcher.cri.status_codes import code_for, text_for
+from dispatcher.deps import Deps
+from dispatcher.effects import effect
+from dispatcher.errors import DispatcherError
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # the kubelet's own limit
+Handler = Callable[[Any, Deps], Awaitable[Message | bytes]]
+Observer = Callable[[str, str, float], None]  # RPC, code name, seconds
+
+# Served by nobody yet; a client that knows how to do without gets the one code on which it does.
+UNIMPLEMENTED = frozenset(
+    {
+        "Exec",
+        "Attach",
+        "PortForward",
+        "ContainerStats",
+        "ListContainerStats",
+        "StreamContainerStats",
+        "PodSandboxStats",
+        "ListPodSandboxStats",
+        "StreamPodSandboxStats",
+        "ListMetricDescriptors",
+        "ListPodSandboxMetrics",
+        "StreamPodSandboxMetrics",
+        "GetContainerEvents",
+        "StreamPodSandboxes",
+        "StreamContainers",
+        "StreamImages",
+        # These three stay: a checkpoint of a pod of any runtime is not something this node can restore honestly.
+        "CheckpointContainer",
+        "CheckpointPod",
+        "RestorePod",
+    }
+)
+
+
+def handlers(lists: Lists) -> dict[str, Handler]:
+    """The table of all served RPCs."""
+    return {
+        "Version": node.version,
+        "Status": node.status,
+        "UpdateRuntimeConfig": node.update_runtime_config,
+        "RuntimeConfig": node.runtime_config,
+        "RunPodSandbox": pod_run.handle,
+        "StopPodSandbox": pod_end.stop,
+        "RemovePodSandbox": pod_end.remove,
+        "PodSandboxStatus": pod_read.status,
+        "ListPodSandbox": lists.pods,
+        "UpdatePodSandboxResources": pod_read.update_resources,
+        "CreateContainer": container_create.handle,
+        "StartContainer": container_run.start,
+        "StopContainer": container_run.stop,
+        "RemoveContainer": container_run.remove,
+        "ListContainers": lists.containers,
+        "ContainerStatus": container_run.status,
+        "UpdateContainerResources": container_run.update_resources,
+        "ReopenContainerLog": container_run.reopen_log,
+        "ExecSync": exec_sync.handle,
+        "ListImages": images.list_images,
+        "ImageStatus": images.status,
+        "PullImage": images.pull,
+        "RemoveImage": images.remove,
+        "ImageFsInfo": images.fs_info,
+    }
+
+
+def _serialise(reply: Message | bytes) -> bytes:
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
+
+
+def _unary(name: str, handler: Handler, deps: Deps, observe: Observer) -> Callable[..., Awaitable[Message | bytes]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message | bytes:
+        began = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            return await handler(request, deps)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where every error ends
+            code = code_for(error)
+            correlation_id = secrets.token_hex(8)
+            _log_end(name, error, code, correlation_id)
+            await context.abort(code, text_for(error, correlation_id))
+        finally:
+            observe(name, code.name, time.monotonic() - began)
+        raise AssertionError("abort raises")
+
+    return call
+
+
+def _log_end(name: str, error: Exception, code: grpc.StatusCode, correlation_id: str) -> None:
+    facts = {"rpc": name, "code": code.name, "correlation_id": correlation_id}
+    if code is grpc.StatusCode.INTERNAL:
+        log.error("rpc failed: a bug", extra=facts, exc_info=error)
+    elif isinstance(error, DispatcherError):
+        cause = repr(error.__cause__) if error.__cause__ is not None else ""
+        log.info("rpc refused", extra={**facts, "error": str(error), "cause": cause})
+
+
+async def _refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "This RPC is not implemented.")
+
+
+def generic_handlers(deps: Deps, observe: Observer) -> list[grpc.GenericRpcHandler]:
+    """Make the handlers of both CRI services from the descriptor and the table."""
+    table = handlers(Lists(deps))
+    result = []
+    for service in pb.DESCRIPTOR.services_by_name.values():
+        methods = {}
+        for method in service.methods:
+            decode = GetMessageClass(method.input_type).FromString
+            if method.name in table:
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(
+                    _unary(method.name, table[method.name], deps, observe), decode, _serialise
+                )
+            else:
+                make = (
+                    grpc.unary_stream_rpc_method_handler
+                    if method.server_streaming
+                    else grpc.unary_unary_rpc_method_handler
+                )
+                methods[method.name] = make(_refuse, decode, _serialise)
+        result.append(grpc.method_handlers_generic_handler(service.full_name, methods))
+    return result
+
+
+@effect("socket.bind")
+def _prepare_socket(path: Path) -> None:
+    """Make the socket's folder private, and clear away the socket of a daemon that is gone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_socket():
+        path.unlink()
+
+
+class CriServer:
+    """The CRI endpoint on its UNIX socket."""
+
+    def __init__(self, deps: Deps, path: Path, observe: Observer) -> None:
+        self._path = path
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ]
+        )
+        self._server.add_generic_rpc_handlers(generic_handlers(deps, observe))
+
+    async def start(self, mode: int = 0o600) -> None:
+        """Listen. Call when everything is ready: a client that connects is served at once."""
+        _prepare_socket(self._path)
+        mask = os.umask(0o777 & ~mode)
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+            await self._server.start()
+        finally:
+            os.umask(mask)
+        self._path.chmod(mode)
+
+    async def aclose(self, grace_s: float = 2.0) -> None:
+        """Refuse new calls, let those in flight end within the grace, and remove the socket."""
+        await self._server.stop(grace_s)
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Container logs: the core owns the files, whatever runtime the bytes come from."""
