@@ -1,6 +1,7 @@
-"""A private Docker Engine for tests: own folders, own socket, no bridge, no firewall rules, own cgroup parent.
+"""A private Docker Engine for tests: own folders, own socket, own bridge, no firewall rules, own cgroup parent.
 
-The user's engine is never touched. The engine can be killed and restarted; `close` removes every container, mount and
+The user's engine is never touched: an engine without any bridge would remove `docker0`, whoever made it, so this one
+gets an idle bridge of its own. The engine can be killed and restarted; `close` removes every container, mount and
 cgroup that it made.
 """
 
@@ -24,6 +25,8 @@ from tests.lab.child import Child, PartMissingError, find_program, has_capabilit
 from tests.lab.http import Reply, request
 
 _CAP_SYS_RESOURCE = 24
+# Link-local and used by nobody: no container is ever attached to the engine's own bridge.
+_BRIDGE_ADDRESS = "169.254.213.1/30"
 # Up to this major version the daemon writes a key below /etc unless it is told another place.
 _LAST_MAJOR_WITH_TRUST_KEY = 23
 
@@ -44,6 +47,7 @@ class Engine:
         require_root()
         self.dockerd = os.environ.get("DISPATCHER_LAB_DOCKERD") or find_program("dockerd")
         find_program("containerd")
+        find_program("ip")
         self.runc = find_program("runc")
         self.version = _version_of(self.dockerd)
         self.uses_wrapper = not has_capability(_CAP_SYS_RESOURCE)
@@ -51,6 +55,7 @@ class Engine:
         self.root = lab_folder("engine")
         self.socket = self.root / "docker.sock"
         self.cgroup_parent = f"/{self.root.name}"
+        self.bridge = _bridge_of(self.root)
         self._config = self.root / "daemon.json"
         self._settings = self._make_settings(live_restore=live_restore, extra=extra or {})
         self._child = Child([self.dockerd, "--config-file", str(self._config)], log=self.root / "dockerd.log")
@@ -61,9 +66,12 @@ class Engine:
             "exec-root": str(self.root / "exec"),
             "pidfile": str(self.root / "dockerd.pid"),
             "hosts": [self.url],
-            "bridge": "none",
+            "bridge": self.bridge,
             "iptables": False,
             "ip6tables": False,
+            "ip-forward": False,
+            "ip-masq": False,
+            "userland-proxy": False,
             "live-restore": live_restore,
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
             "cgroup-parent": self.cgroup_parent,
@@ -107,6 +115,9 @@ class Engine:
     def start(self, *, timeout_s: float = 60) -> None:
         """Start dockerd and wait until it answers."""
         self._config.write_text(json.dumps(self._settings, indent=1))
+        if not Path(f"/sys/class/net/{self.bridge}").exists():
+            _ip("link", "add", self.bridge, "type", "bridge")
+            _ip("address", "add", _BRIDGE_ADDRESS, "dev", self.bridge)
         self._child.start()
         self._child.wait_ready(self._answers, timeout_s=timeout_s)
 
@@ -210,6 +221,8 @@ def sweep(root: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     with suppress(TimeoutError):
         wait_until(lambda: not any(_alive(pid) for pid in doomed), timeout_s=10, what="leftover processes remain")
+    with suppress(subprocess.CalledProcessError):
+        _ip("link", "delete", _bridge_of(root))
     for point in reversed(_mounts_below(root)):
         subprocess.run(["umount", "-l", point], check=False, capture_output=True)
     for folder in Path("/sys/fs/cgroup").glob(f"**/{root.name}"):
@@ -235,6 +248,15 @@ def lab_folder_parent() -> str:
     import tempfile
 
     return tempfile.gettempdir()
+
+
+def _bridge_of(root: Path) -> str:
+    """The bridge that belongs to a lab folder, within the kernel's 15 characters."""
+    return "crilab" + root.name[-8:].replace("_", "-")
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run([find_program("ip"), *arguments], check=True, capture_output=True)
 
 
 def _version_of(dockerd: str) -> tuple[int, int]:
