@@ -43,7 +43,7 @@ class RecoveryReport:
 async def recover(deps: Deps) -> RecoveryReport:
     """Bring the record and the world together. Bounded by the runtimes' own deadlines; never raises for one pod."""
     began = asyncio.get_running_loop().time()
-    report = RecoveryReport(set_aside=[f"{item.kind} {item.key}: {item.reason}" for item in deps.store.set_aside])
+    report = RecoveryReport(set_aside=[f"{item.kind} {item.id}: {item.reason}" for item in deps.store.set_aside])
     await _note_reboot(deps, report)
     await asyncio.gather(*(_settle_pod(pod, deps, report) for pod in deps.store.list_pods()))
     await asyncio.gather(*(_settle_containers(pod, deps, report) for pod in deps.store.list_pods()))

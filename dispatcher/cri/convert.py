@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.model import (
@@ -171,7 +171,7 @@ def resources(value: Resources) -> pb.LinuxContainerResources:
 def signal_value(name: str) -> pb.Signal:
     """The CRI enum value of a signal name; the default for one that CRI does not know."""
     text = "SIGNAL_" + name.replace("+", "PLUS").replace("-", "MINUS")
-    return pb.Signal.Value(text) if text in pb.Signal.keys() else pb.SIGNAL_RUNTIME_DEFAULT  # noqa: SIM118
+    return cast("pb.Signal", dict(pb.Signal.items()).get(text, pb.SIGNAL_RUNTIME_DEFAULT))
 
 
 def container_status(record: ContainerRecord, pod: PodRecord | None) -> pb.ContainerStatus:

@@ -25,7 +25,7 @@ class RenderedEntries(Generic[Record]):
     """Entries of a list reply by record id, each kept until its record has another version."""
 
     def __init__(self, wrap: Callable[[Record], Message]) -> None:
-        self._wrap = wrap
+        self._wrap: Callable[[Record], Message] = wrap
         self._kept: dict[str, tuple[int, bytes]] = {}
 
     def join(self, records: Iterable[Record]) -> bytes:

@@ -214,7 +214,7 @@ def credentials(message: pb.AuthConfig) -> Credentials:
 def signal_name(value: int) -> str:
     """Return "SIGTERM", "SIGRTMIN+3" and the like, or "" for the runtime's default."""
     try:
-        name = pb.Signal.Name(value)  # type: ignore[arg-type]
+        name = pb.Signal.Name(value)
     except ValueError:
         raise _refuse(f"stop_signal has the unknown value {value}.") from None
     if value == pb.SIGNAL_RUNTIME_DEFAULT:
@@ -408,9 +408,9 @@ def _deprecated_profile(text: str, what: str) -> SecurityProfile | None:
 
 def _seccomp(message: Any) -> SecurityProfile | None:
     if message.HasField("seccomp"):
-        profile = _profile(message.seccomp, "seccomp")
+        profile: SecurityProfile | None = _profile(message.seccomp, "seccomp")
     else:
-        profile = _deprecated_profile(message.seccomp_profile_path, "seccomp_profile_path")  # type: ignore[assignment]
+        profile = _deprecated_profile(message.seccomp_profile_path, "seccomp_profile_path")
     if profile is not None and profile.type is ProfileType.LOCALHOST:
         _absolute_or_empty(profile.localhost_ref, "A seccomp profile's localhost_ref")
     return profile

@@ -31,7 +31,7 @@ class LogFile:
         return os.fstat(self.fd).st_size
 
     def write(self, data: bytes) -> None:
-        """Append everything given. A record goes out in one write(2), so a tailing reader sees whole lines.
+        """Append all bytes of `data`, in order. A record goes out in one write(2), so a tailing reader sees whole lines.
 
         Raises OSError (disk full); what was written until then stays and is counted by `size`.
         """
@@ -74,7 +74,10 @@ def open_log(directory: str, relative: str) -> LogFile:
     Raises:
         InvalidRequest: the path escapes, or a link or something that is no regular file stands there.
     """
-    parent, name = _open_parent(directory, relative, create=True)
+    try:
+        parent, name = _open_parent(directory, relative, create=True)
+    except OSError as error:
+        raise InvalidRequest(f"The folder of the log file {relative} cannot be used: {error.strerror}.") from error
     try:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(name, flags, 0o640, dir_fd=parent)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 
-from dispatcher import __version__
 from dispatcher.api import RuntimeFeatures
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.deps import Deps
 from dispatcher.errors import InvalidRequest
+from dispatcher.version import program_version
 
 KUBELET_API_VERSION = "0.1.0"  # the kubelet compares with this constant and refuses to start on another
 RUNTIME_NAME = "dispatcher"
@@ -19,7 +19,7 @@ async def version(request: pb.VersionRequest, deps: Deps) -> pb.VersionResponse:
     return pb.VersionResponse(
         version=KUBELET_API_VERSION,
         runtime_name=RUNTIME_NAME,
-        runtime_version=__version__,
+        runtime_version=program_version(),
         runtime_api_version="v1",
     )
 

@@ -136,7 +136,7 @@ async def _undo(pod_id: str, error: BaseException, deps: Deps) -> None:
     """Undo from the record, shielded from a second cancellation. What cannot be undone stays listed, as FAILED."""
 
     async def undo() -> None:
-        current = deps.store.find_pod(pod_id)  # type: ignore[arg-type]
+        current = deps.store.find_pod(pod_id)
         if current is None:
             return
         try:
