@@ -411,7 +411,7 @@ class Store:
             raise Internal("The dispatcher is stopping: its record is closed.")
         loop = asyncio.get_running_loop()
         write = _Write(operations, changes, loop.create_future())
-        write.done.add_done_callback(lambda done: done.exception())  # the caller may have been cancelled
+        write.done.add_done_callback(_retrieve)
         for key, record in changes:
             self._heads[key] = (record, write)
         self._queue.append(write)
@@ -487,7 +487,7 @@ class Store:
         for subscriber in tuple(self._subscribers):
             try:
                 subscriber(old, record)
-            except Exception:  # the record is durable: a listener's bug must not look like a failed commit
+            except Exception:  # noqa: BLE001 - durable already: a listener's bug is no failed commit
                 _log.exception("subscriber failed", extra={"kind": key[0], "record": key[1]})
 
 
@@ -499,3 +499,9 @@ def _allowed(changes: dict[str, Any]) -> dict[str, Any]:
 
 async def _wait(write: _Write) -> None:
     await asyncio.shield(write.done)
+
+
+def _retrieve(done: asyncio.Future[None]) -> None:
+    """Look at the outcome, so that asyncio does not complain when the caller was cancelled and nobody else does."""
+    if not done.cancelled():
+        done.exception()
