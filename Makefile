@@ -9,11 +9,53 @@ BIN := $(VENV)/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 EDITABLE := -e . $(addprefix -e ,$(PLUGINS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := dispatcher $(wildcard $(addsuffix src,$(PLUGINS)) demo scripts bench tests)
 
-.PHONY: help venv lock proto
+# Seconds that each fuzzer runs within `make test`, and within `make fuzz`.
+FUZZ_SECONDS ?= 5
+FUZZ_LONG_SECONDS ?= 3600
+PYTEST_ARGS ?=
+
+.PHONY: help demo test soak fuzz bench lint types format host-demo host-test clean-host venv lock proto
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: host-demo venv  ## Start a private engine, a registry and the endpoint, and run pods through them
+	$(BIN)/python -m demo $(DEMO_ARGS)
+
+test: host-test venv lint types  ## Everything that decides whether a change may land
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: host-test venv  ## Repetitions of what the tests show once: hundreds of kills, thousands of pods
+	$(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
+
+fuzz: host-test venv  ## The fuzzers for an hour each (FUZZ_LONG_SECONDS=n)
+	FUZZ_SECONDS=$(FUZZ_LONG_SECONDS) $(BIN)/python -m pytest -m fuzz --timeout=0 $(PYTEST_ARGS)
+
+bench: host-test venv  ## Measure this endpoint beside another one (BENCH_ARGS=...)
+	$(BIN)/python bench/cri.py $(BENCH_ARGS)
+
+lint: venv  ## Style, formatting and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: venv  ## mypy in strict mode
+	$(BIN)/mypy $(SOURCES)
+
+format: venv  ## Let the formatter decide
+	$(BIN)/ruff format .
+
+host-demo:  # what the demo needs from Debian
+	scripts/host.sh install demo
+
+host-test:  # what the tests need from Debian
+	scripts/host.sh install test
+
+clean-host:  ## Remove what a demo left behind, and the Debian packages that were installed for it
+	if [ -x $(BIN)/python ]; then $(BIN)/python -m demo --clean; fi
+	scripts/host.sh clean
 
 venv: $(VENV)/.ready  ## Make .venv from the pinned requirements, with all our distributions in it (editable)
 
