@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +33,7 @@ def engine() -> Iterator[Engine]:
 def registry() -> Iterator[Registry]:
     """The session's registry: plain HTTP, no credentials."""
     try:
-        registry = Registry()
+        registry = Registry(port=int(os.environ.get("DISPATCHER_LAB_REGISTRY_PORT", "0")))
     except PartMissingError as exc:
         pytest.skip(str(exc))
     try:

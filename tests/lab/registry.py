@@ -41,12 +41,13 @@ class Auth(Enum):
 class Registry:
     """One registry with its data folder. `address` is `127.0.0.1:PORT`."""
 
-    def __init__(self, *, auth: Auth = Auth.NONE, tls: bool = False) -> None:
+    def __init__(self, *, auth: Auth = Auth.NONE, tls: bool = False, port: int = 0) -> None:
         """Prepare the folder; nothing runs yet.
 
         Args:
             auth: Which credentials it asks for (USER and PASSWORD; IDENTITY_TOKEN as well with tokens).
             tls: Serve HTTPS with a certificate of an own authority, in `ca`.
+            port: Listen there instead of on a free port.
 
         Raises:
             PartMissingError: No docker-registry, or no openssl where certificates are needed.
@@ -57,7 +58,7 @@ class Registry:
         self.auth = auth
         self.tls = tls
         self.root = lab_folder("registry")
-        self.port = free_port()
+        self.port = port or free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.ca = self.root / "ca.crt"
         self._tokens: TokenServer | None = None
