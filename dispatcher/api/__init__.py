@@ -46,7 +46,7 @@ from dispatcher.api.runtimes import (
     RuntimeHealth,
 )
 from dispatcher.effects import effect
-from dispatcher.netns import ensure_namespace, find_namespace_inode, run_in_namespace
+from dispatcher.netns import ensure_namespace, find_namespace_inode, remove_namespace, run_in_namespace
 
 __all__ = [
     "API_VERSION",
@@ -88,5 +88,6 @@ __all__ = [
     "find_namespace_inode",
     "hookimpl",
     "hookspec",
+    "remove_namespace",
     "run_in_namespace",
 ]
