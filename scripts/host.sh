@@ -35,6 +35,8 @@ demo command busybox         busybox
 test command skopeo          skopeo
 test command mkfs.erofs      erofs-utils
 test command nft             nftables
+test command nginx           nginx-light
+test command openssl         openssl
 '
 
 say() { printf 'host: %s\n' "$*" >&2; }
@@ -82,8 +84,9 @@ policy_denies() { # does the machine's own policy forbid what our packages would
   done
 }
 
-quiet_apt() { # apt-get under a policy that starts nothing
+quiet_apt() { # apt-get under a policy that starts nothing; its status
   local apt=(apt-get -q -y -o DPkg::Lock::Timeout=600 -o Dpkg::Options::=--force-confold -o Dpkg::Use-Pty=0 "$@")
+  local status=0
   drop_policy
   if [ ! -e "$POLICY" ]; then
     trap drop_policy EXIT
@@ -91,20 +94,21 @@ quiet_apt() { # apt-get under a policy that starts nothing
     printf '#!/bin/sh\n%s\nexit 101\n' "$POLICY_MARK" >"$POLICY.new"
     chmod 0755 "$POLICY.new"
     mv "$POLICY.new" "$POLICY"
-    "${apt[@]}" </dev/null
+    "${apt[@]}" </dev/null || status=$?
     drop_policy
     trap - EXIT INT TERM HUP
   elif policy_denies; then
-    "${apt[@]}" </dev/null
+    "${apt[@]}" </dev/null || status=$?
   else
     # The machine's own policy would let services start. Ours covers it in a mount namespace that apt-get alone sees.
     local ours; ours=$(mktemp)
     printf '#!/bin/sh\nexit 101\n' >"$ours"
     chmod 0755 "$ours"
     unshare --mount --propagation private -- \
-      sh -c 'mount --bind "$1" "$2" && shift 2 && exec "$@"' sh "$ours" "$POLICY" "${apt[@]}" </dev/null
+      sh -c 'mount --bind "$1" "$2" && shift 2 && exec "$@"' sh "$ours" "$POLICY" "${apt[@]}" </dev/null || status=$?
     rm -f "$ours"
   fi
+  return $status
 }
 
 disable_services() { # PACKAGE...: what came with our packages does not start at the next boot either
