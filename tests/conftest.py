@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from tests.lab.child import PartMissingError
 from tests.lab.engine import Engine, sweep_stale
 from tests.lab.images import TestImages
+from tests.lab.node import Node
 from tests.lab.registry import Registry
 
 
@@ -52,3 +54,25 @@ def test_images(registry: Registry) -> TestImages:
     except PartMissingError as exc:
         pytest.skip(str(exc))
     return images
+
+
+@pytest.fixture(scope="session")
+def node(engine: Engine, registry: Registry) -> Iterator[Callable[..., Node]]:
+    """A factory of running nodes: `node(config=..., policy=..., default_runtime=..., env=...)`.
+
+    Nodes live until the session ends, unless the test closes its own earlier.
+    """
+    nodes: list[Node] = []
+
+    def make(**options: Any) -> Node:
+        try:
+            made = Node(engine=engine, registry=registry, **options)
+        except PartMissingError as exc:
+            pytest.skip(str(exc))
+        nodes.append(made)
+        made.start()
+        return made
+
+    yield make
+    for made in nodes:
+        made.close()
