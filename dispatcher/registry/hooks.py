@@ -1,0 +1,180 @@
+"""Routing hooks of plugins: asked one by one, in a thread each, within a time limit, and no more after failures.
+
+pluggy checks signatures and calls; the typed façade `RoutingVotes.vote` is all that the rest sees. Each plugin has one
+daemon thread: a hook that blocks for ever costs that thread, the time limit a few times, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from dispatcher.api import RoutingHooks
+from dispatcher.model import PodSpec, Vote
+
+_log = logging.getLogger(__name__)
+
+MAX_REASON = 500
+
+
+class HookRefusedError(ValueError):
+    """An object offered as hooks is not fit to be one; the message says why."""
+
+
+class _Thread:
+    """Runs one call at a time, and says when a call did not end in time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[tuple[Any, BaseException | None]]]]
+        self._jobs = queue.SimpleQueue()
+        self._stuck: queue.SimpleQueue[tuple[Any, BaseException | None]] | None = None
+        self._started = False
+
+    def call(self, function: Callable[[], Any], time_limit_s: float) -> Any:
+        """Return the result, or raise what it raised.
+
+        Raises:
+            TimeoutError: this call, or the one before it, has not ended.
+        """
+        if self._stuck is not None:
+            if self._stuck.empty():
+                raise TimeoutError("an earlier call has not ended")
+            self._stuck = None
+        if not self._started:
+            threading.Thread(target=self._work, name=f"hook-{self._name}", daemon=True).start()
+            self._started = True
+        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._jobs.put((function, answer))
+        try:
+            result, error = answer.get(timeout=time_limit_s)
+        except queue.Empty:
+            self._stuck = answer
+            raise TimeoutError(f"no answer within {time_limit_s:g} s") from None
+        if error is not None:
+            raise error
+        return result
+
+    def _work(self) -> None:
+        while True:
+            function, answer = self._jobs.get()
+            try:
+                answer.put((function(), None))
+            except BaseException as error:  # noqa: BLE001 - carried over to the caller
+                answer.put((None, error))
+
+
+@dataclass(slots=True)
+class _Voter:
+    call: pluggy.HookCaller
+    thread: _Thread
+    failures: int = 0
+    disabled: str = ""
+
+
+class RoutingVotes:
+    """The hooks of all plugins behind one typed method."""
+
+    def __init__(
+        self,
+        *,
+        time_limit_s: float,
+        failures_before_disabled: int,
+        on_failure: Callable[[str, str], None] = lambda _plugin, _why: None,
+    ) -> None:
+        self._time_limit_s = time_limit_s
+        self._limit = failures_before_disabled
+        self._on_failure = on_failure
+        self._pluggy = pluggy.PluginManager("dispatcher")
+        self._pluggy.add_hookspecs(RoutingHooks)
+        self._voters: dict[str, _Voter] = {}
+
+    def add(self, plugin: str, hooks: object) -> None:
+        """Take the hooks of a plugin.
+
+        Raises:
+            HookRefusedError: it has none, a misspelt one, an async one, or one with an argument that does not exist.
+        """
+        if plugin in self._voters:
+            raise HookRefusedError("a plugin can offer one object with hooks")
+        try:
+            self._pluggy.register(hooks, name=plugin)
+            self._pluggy.check_pending()
+            callers = self._pluggy.get_hookcallers(hooks) or []
+            if not callers:
+                raise HookRefusedError("the object offered as hooks has none; mark its methods with hookimpl")
+            if any(
+                inspect.iscoroutinefunction(implementation.function)
+                for caller in callers
+                for implementation in caller.get_hookimpls()
+                if implementation.plugin is hooks
+            ):
+                raise HookRefusedError("hooks are plain functions, not async")
+        except (pluggy.PluginValidationError, ValueError) as error:
+            if self._pluggy.has_plugin(plugin):
+                self._pluggy.unregister(name=plugin)
+            if isinstance(error, HookRefusedError):
+                raise
+            raise HookRefusedError(" ".join(str(error).split())) from error
+        others = [other for name, other in self._pluggy.list_name_plugin() if name != plugin]
+        self._voters[plugin] = _Voter(self._pluggy.subset_hook_caller("route_pod", others), _Thread(plugin))
+        # Hooks are asked in the order of their plugins' names, and each caller knows its own plugin only.
+        self._voters = dict(sorted(self._voters.items()))
+        for name, voter in self._voters.items():
+            others = [other for known, other in self._pluggy.list_name_plugin() if known != name]
+            voter.call = self._pluggy.subset_hook_caller("route_pod", others)
+
+    def vote(self, pod: PodSpec) -> tuple[Vote, ...]:
+        """Ask every hook that is not disabled; `counted` is left False, for the policy to decide."""
+        votes = []
+        for plugin, voter in self._voters.items():
+            if voter.disabled:
+                continue
+            try:
+                answers = voter.thread.call(lambda voter=voter: voter.call(pod=pod), self._time_limit_s)  # type: ignore[misc]
+                vote = _read(plugin, answers)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure is an abstention
+                self._failed(plugin, voter, error)
+                continue
+            voter.failures = 0
+            if vote is not None:
+                votes.append(vote)
+        return tuple(votes)
+
+    def disabled(self) -> dict[str, str]:
+        """Return why the hooks of a plugin are no longer asked, by plugin."""
+        return {plugin: voter.disabled for plugin, voter in self._voters.items() if voter.disabled}
+
+    def names(self) -> tuple[str, ...]:
+        """Return the plugins with hooks, in the order in which they are asked."""
+        return tuple(self._voters)
+
+    def _failed(self, plugin: str, voter: _Voter, error: BaseException) -> None:
+        voter.failures += 1
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _log.warning("routing hook failed", extra={"plugin": plugin, "why": why, "failures": voter.failures})
+        if voter.failures >= self._limit:
+            voter.disabled = f"failed {voter.failures} times in a row, last with {why[:MAX_REASON]}"
+            _log.error("routing hook disabled", extra={"plugin": plugin, "why": voter.disabled})
+        self._on_failure(plugin, why)
+
+
+def _read(plugin: str, answers: Any) -> Vote | None:
+    if not isinstance(answers, list) or len(answers) > 1:
+        raise TypeError("a hook gave more than one answer")
+    if not answers:
+        return None
+    answer = answers[0]
+    if inspect.iscoroutine(answer):
+        answer.close()
+    match answer:
+        case (str() as runtime, str() as reason) if runtime and isinstance(answer, tuple):
+            return Vote(plugin=plugin, runtime=runtime, reason=reason[:MAX_REASON], counted=False)
+    raise TypeError(f"a hook returned {type(answer).__name__} instead of (runtime, reason) or None")
