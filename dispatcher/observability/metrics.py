@@ -91,7 +91,6 @@ class Metrics:
 
         self._rpc_seconds = self._histogram("rpc_duration_seconds", "Time to answer an RPC.", ("rpc",), _FAST)
         self._rpc_total = self._counter("rpc", "RPCs answered.", ("rpc", "code"))
-        self._rpc_in_flight = self._gauge("rpc_in_flight", "RPCs being worked on.", ("rpc",))
         call = ("kind", "provider", "method")
         self._call_seconds = self._histogram(
             "provider_call_duration_seconds", "Time of one call into a runtime or provider.", call, _FAST
@@ -116,7 +115,7 @@ class Metrics:
         self._recovery = self._gauge("recovery_records", "What the last recovery did.", ("kind", "outcome"))
         self._rules, self._names, self._cni_names = _Bound(200), _Bound(64), _Bound(64)
         # Bound children by label, because looking them up by label costs more than the observation itself.
-        self._rpc_children: dict[str, tuple[Gauge, Histogram, dict[str, Counter]]] = {}
+        self._rpc_children: dict[str, tuple[Histogram, dict[str, Counter]]] = {}
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"dispatcher_{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -127,21 +126,12 @@ class Metrics:
     def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
         return Gauge(f"dispatcher_{name}", text, labels, registry=self.registry)
 
-    def _rpc(self, rpc: str) -> tuple[Gauge, Histogram, dict[str, Counter]]:
+    def rpc_finished(self, rpc: str, code: str, seconds: float) -> None:
+        """Note that an RPC was answered: a method name of the contract, a status code's name such as "OK"."""
         children = self._rpc_children.get(rpc)
         if children is None:
-            children = (self._rpc_in_flight.labels(rpc), self._rpc_seconds.labels(rpc), {})
-            self._rpc_children[rpc] = children
-        return children
-
-    def rpc_started(self, rpc: str) -> None:
-        """Note that an RPC began. `rpc` is a method name of the contract, such as "RunPodSandbox"."""
-        self._rpc(rpc)[0].inc()
-
-    def rpc_finished(self, rpc: str, code: str, seconds: float) -> None:
-        """Note that an RPC was answered with a status code's name, such as "OK"."""
-        in_flight, duration, by_code = self._rpc(rpc)
-        in_flight.dec()
+            children = self._rpc_children[rpc] = (self._rpc_seconds.labels(rpc), {})
+        duration, by_code = children
         duration.observe(seconds)
         counter = by_code.get(code)
         if counter is None:

@@ -1,0 +1,40 @@
+"""Drop the record of a pod whose plugin is gone, so that its node can go on without it.
+
+Pods of a plugin that is not installed any more stay listed as unknown: only their plugin can remove what it made. To
+forget such a pod leaves its processes, mounts and addresses to you. Refused for a pod whose plugin is loaded: use `rm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from dispatcher.commands.connection import add_endpoint, connect, find_pod, parse_info, pod_name
+from dispatcher.commands.output import Console, Exit, Failure
+
+# A RemovePodSandbox call with this pair beside it forgets. The value repeats the pod's id, so that no retry, proxy or
+# copied command line can mean another pod.
+FORGET_KEY = "dispatcher-forget"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("pod", metavar="POD", help="an id, its beginning, a name or namespace/name")
+    parser.add_argument("--yes", action="store_true", help="do it; without this, only what is on record is shown")
+    add_endpoint(parser)
+
+
+async def execute(args: argparse.Namespace, console: Console) -> int:
+    """Run the command."""
+    async with connect(args) as client:
+        pod = await find_pod(client, args.pod)
+        if not args.yes:
+            reply = await client.call("PodSandboxStatus", pod_sandbox_id=pod.id, verbose=True)
+            facts = parse_info(reply.info).get("dispatcher")
+            console.data(facts)
+            raise Failure(
+                f"pod {pod_name(pod.metadata)} is still on record",
+                hint="clean up what the record above names, then say it again with --yes",
+            )
+        await client.call("RemovePodSandbox", metadata=((FORGET_KEY, pod.id),), pod_sandbox_id=pod.id)
+    console.line(pod.id)
+    return Exit.OK
