@@ -33,6 +33,7 @@ class Deps:
     netns_dir: Path
     cgroup_driver: Callable[[], str]
     overdue_runtimes: Callable[[], tuple[str, ...]]  # required ones that are down for too long
+    conditions: Callable[[], tuple[tuple[str, bool, str, str], ...]]  # what is wrong with our own files
     info: Callable[[], dict[str, str]]  # verbose info of Status
 
     @property

@@ -39,6 +39,17 @@ class RecoveryReport:
     set_aside: list[str] = field(default_factory=list)
     duration_s: float = 0.0
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How many records met which outcome, for the metrics."""
+        return {
+            ("record", "adopted"): len(self.adopted),
+            ("record", "cleaned"): len(self.cleaned),
+            ("record", "not-ready"): len(self.not_ready),
+            ("record", "waiting"): len(self.waiting),
+            ("record", "set-aside"): len(self.set_aside),
+            ("leftover", "swept"): len(self.swept),
+        }
+
 
 async def recover(deps: Deps) -> RecoveryReport:
     """Bring the record and the world together. Bounded by the runtimes' own deadlines; never raises for one pod."""

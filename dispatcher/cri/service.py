@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
@@ -40,7 +40,14 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # the kubelet's own limit
 Handler = Callable[[Any, Deps], Awaitable[Message | bytes]]
-Observer = Callable[[str, str, float], None]  # RPC, code name, seconds
+
+
+class Observer(Protocol):
+    """Who counts RPCs; `dispatcher.observability.metrics.Metrics` is one."""
+
+    def rpc_finished(self, rpc: str, code: str, seconds: float) -> None:
+        """A call was answered with this gRPC code."""
+
 
 # Served by nobody yet; a client that knows how to do without gets the one code on which it does.
 UNIMPLEMENTED = frozenset(
@@ -103,7 +110,7 @@ def _serialise(reply: Message | bytes) -> bytes:
     return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
 
-def _unary(name: str, handler: Handler, deps: Deps, observe: Observer) -> Callable[..., Awaitable[Message | bytes]]:
+def _unary(name: str, handler: Handler, deps: Deps, observer: Observer) -> Callable[..., Awaitable[Message | bytes]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message | bytes:
         began = time.monotonic()
         code = grpc.StatusCode.OK
@@ -118,7 +125,7 @@ def _unary(name: str, handler: Handler, deps: Deps, observe: Observer) -> Callab
             _log_end(name, error, code, correlation_id)
             await context.abort(code, text_for(error, correlation_id))
         finally:
-            observe(name, code.name, time.monotonic() - began)
+            observer.rpc_finished(name, code.name, time.monotonic() - began)
         raise AssertionError("abort raises")
 
     return call
@@ -137,7 +144,7 @@ async def _refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) ->
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "This RPC is not implemented.")
 
 
-def generic_handlers(deps: Deps, observe: Observer) -> list[grpc.GenericRpcHandler]:
+def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of both CRI services from the descriptor and the table."""
     table = handlers(Lists(deps))
     result = []
@@ -147,7 +154,7 @@ def generic_handlers(deps: Deps, observe: Observer) -> list[grpc.GenericRpcHandl
             decode = GetMessageClass(method.input_type).FromString
             if method.name in table:
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                    _unary(method.name, table[method.name], deps, observe), decode, _serialise
+                    _unary(method.name, table[method.name], deps, observer), decode, _serialise
                 )
             else:
                 make = (
@@ -168,10 +175,15 @@ def _prepare_socket(path: Path) -> None:
         path.unlink()
 
 
+@effect("socket.remove")
+def _remove_socket(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
 class CriServer:
     """The CRI endpoint on its UNIX socket."""
 
-    def __init__(self, deps: Deps, path: Path, observe: Observer) -> None:
+    def __init__(self, deps: Deps, path: Path, observer: Observer) -> None:
         self._path = path
         self._server = grpc.aio.server(
             options=[
@@ -179,7 +191,7 @@ class CriServer:
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ]
         )
-        self._server.add_generic_rpc_handlers(generic_handlers(deps, observe))
+        self._server.add_generic_rpc_handlers(generic_handlers(deps, observer))
 
     async def start(self, mode: int = 0o600) -> None:
         """Listen. Call when everything is ready: a client that connects is served at once."""
@@ -195,4 +207,4 @@ class CriServer:
     async def aclose(self, grace_s: float = 2.0) -> None:
         """Refuse new calls, let those in flight end within the grace, and remove the socket."""
         await self._server.stop(grace_s)
-        self._path.unlink(missing_ok=True)
+        _remove_socket(self._path)

@@ -52,7 +52,7 @@ async def status(request: pb.StatusRequest, deps: Deps) -> pb.StatusResponse:
     ]
     conditions += [
         pb.RuntimeCondition(type=kind, status=ok, reason=reason, message=message)
-        for kind, ok, reason, message in deps.registry.extra_conditions()
+        for kind, ok, reason, message in (*deps.conditions(), *deps.registry.extra_conditions())
     ]
     features = {name: state.features for name, state in health.items()}
     return pb.StatusResponse(
