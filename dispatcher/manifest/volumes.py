@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dispatcher.effects import effect
 from dispatcher.errors import InvalidRequest, WrongState
 from dispatcher.manifest import schema
 from dispatcher.manifest.read import ObjectData, PodManifest
@@ -130,7 +129,6 @@ def _object_steps(path: str, data: ObjectData, source: schema.ConfigMapVolume | 
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk
-@effect("manifest.write_volumes")
 def write_volumes(plan: VolumePlan) -> None:
     """Make everything of a plan. May be called again with the same plan.
 
@@ -151,7 +149,6 @@ def write_volumes(plan: VolumePlan) -> None:
                 _require(step)
 
 
-@effect("manifest.remove_pod_dir")
 def remove_pod_dir(pod_dir: str) -> None:
     """Remove what `write_volumes` made below a pod's folder, and what containers left there. Idempotent."""
     if os.path.lexists(pod_dir):

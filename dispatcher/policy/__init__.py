@@ -3,7 +3,7 @@
 `PolicyEngine` is what a daemon uses; `load_policy` and `explain` do the same offline, for checks and commands.
 """
 
-from dispatcher.policy.decision import HookVote, Policy, RuleTrace, RuntimeTraits, Verdict
+from dispatcher.policy.decision import Policy, RuleTrace, RuntimeTraits, Verdict
 from dispatcher.policy.engine import Explanation, Observer, PolicyEngine, PolicyStatus, Settings, explain
 from dispatcher.policy.facts import facts_of_pod
 from dispatcher.policy.load import Loaded, load_policy
@@ -11,7 +11,6 @@ from dispatcher.policy.schema import json_schema
 
 __all__ = [
     "Explanation",
-    "HookVote",
     "Loaded",
     "Observer",
     "Policy",

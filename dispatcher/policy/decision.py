@@ -94,15 +94,6 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HookVote:
-    """What a plugin's hook said."""
-
-    plugin: str
-    runtime: str
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The outcome: a runtime, or a refusal (then `runtime` is "").
 
@@ -141,7 +132,7 @@ class RuleTrace:
 
 
 # -------------------------------------------------------------------------------------------------------------- decide
-def decide(policy: Policy, pod: PodFacts, ask_hooks: Callable[[], Sequence[HookVote]] = tuple) -> Verdict:
+def decide(policy: Policy, pod: PodFacts, ask_hooks: Callable[[], Sequence[Vote]] = tuple) -> Verdict:
     """Decide one pod. `ask_hooks` is called at most once, and only where hooks have a say."""
     subject = Subject(pod=pod)
     for rule in policy.refusals:
@@ -194,9 +185,9 @@ def _by_handler(policy: Policy, pod: PodFacts) -> Verdict:
 
 
 def _count_votes(
-    policy: Policy, pod: PodFacts, base: Isolation, cast: Sequence[HookVote]
-) -> tuple[tuple[Vote, ...], HookVote | None]:
-    winner: HookVote | None = None
+    policy: Policy, pod: PodFacts, base: Isolation, cast: Sequence[Vote]
+) -> tuple[tuple[Vote, ...], Vote | None]:
+    winner: Vote | None = None
     votes = []
     for vote in cast:
         objection = _objection(policy, pod, base, vote)
@@ -209,7 +200,7 @@ def _count_votes(
     return tuple(votes), winner
 
 
-def _objection(policy: Policy, pod: PodFacts, base: Isolation, vote: HookVote) -> str:
+def _objection(policy: Policy, pod: PodFacts, base: Isolation, vote: Vote) -> str:
     if vote.plugin not in policy.may_override:
         return "hooks.may_override does not list the plugin"
     traits = policy.runtimes.get(vote.runtime)

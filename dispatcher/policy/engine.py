@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dispatcher.errors import InvalidRequest, NoRuntime, PolicyRefused
-from dispatcher.model import ContainerSpec, Image, Isolation, PodRecord, PodSpec, Route
+from dispatcher.model import ContainerSpec, Image, Isolation, PodRecord, PodSpec, Route, Vote
 from dispatcher.policy.decision import (
     Destination,
-    HookVote,
     Policy,
     RuleTrace,
     RuntimeTraits,
@@ -159,7 +158,7 @@ class PolicyEngine:
         *,
         runtimes: Mapping[str, RuntimeTraits],
         settings: Settings,
-        ask_hooks: Callable[[PodSpec], Sequence[HookVote]] = lambda _pod: (),
+        ask_hooks: Callable[[PodSpec], Sequence[Vote]] = lambda _pod: (),
         hook_plugins: Collection[str] = (),
         observer: Observer | None = None,
         now_ns: Callable[[], int] = time.time_ns,
@@ -477,7 +476,7 @@ class PolicyEngine:
         )
 
 
-def explain(policy: Policy, pod: PodFacts, votes: Sequence[HookVote] = ()) -> Explanation:
+def explain(policy: Policy, pod: PodFacts, votes: Sequence[Vote] = ()) -> Explanation:
     """Tell how a policy decides a pod. Pure; `PolicyEngine.explain` and offline checks share it."""
     verdict = decide(policy, pod, lambda: votes)
     floor = policy.floor_for(pod.namespace)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import posixpath
 from dataclasses import replace
 
-from dispatcher.policy.decision import HookVote, Policy, Verdict, check_container, decide
+from dispatcher.model import Vote
+from dispatcher.policy.decision import Policy, Verdict, check_container, decide
 from dispatcher.policy.facts import ContainerFacts, HostPath, PodFacts, normal_image
 from dispatcher.policy.schema import TestCase, TestContainer, TestPod
 
@@ -16,7 +17,7 @@ def run(policy: Policy, case: TestCase) -> str:
     loaded = {name: replace(traits, is_loaded=True) for name, traits in policy.runtimes.items()}
     policy = replace(policy, runtimes=loaded)
     pod = pod_facts(case.pod)
-    votes = [HookVote(plugin=vote.plugin, runtime=vote.runtime, reason="test") for vote in case.votes]
+    votes = [Vote(plugin=vote.plugin, runtime=vote.runtime, reason="test", counted=False) for vote in case.votes]
     verdict = decide(policy, pod, lambda: votes)
     if case.container is not None and not verdict.is_refused:
         verdict = check_container(policy, pod, container_facts(case.container, verdict.runtime)) or verdict
