@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -95,5 +96,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    # What loaded plugins log belongs to the daemon's log; commands say themselves what matters. `serve` sets it anew.
+    logging.getLogger().addHandler(logging.NullHandler())
     args = build_parser().parse_args(argv)
     return run(args, Console(as_json=getattr(args, "output", "text") == "json"))

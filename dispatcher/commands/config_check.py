@@ -43,12 +43,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
-    problems = check_files(args.config)
+    problems, warnings = check_files(args.config)
     if console.as_json:
-        console.data({"ok": not problems, "problems": problems})
+        console.data({"ok": not problems, "problems": problems, "warnings": warnings})
     else:
         for problem in problems:
             console.line(problem)
+        for warning in warnings:
+            console.line(f"{warning} (a warning)")
         if not problems:
             console.line("ok")
     return Exit.FAILED if problems else Exit.OK
@@ -71,17 +73,18 @@ def load(path: str | None) -> LoadedConfig:
         raise Failure(str(error), hint="`dispatcher config check` checks the whole file") from error
 
 
-def check_files(path: str | None) -> list[str]:
-    """Return every problem of the configuration, each as "file:line:column: message"; empty when all is well."""
-    from dispatcher.policy import check_policy_file
-    from dispatcher.registry import check_sections
+def check_files(path: str | None) -> tuple[list[str], list[str]]:
+    """Return every problem and every warning of the configuration, each as "file:line:column: message"."""
+    from dispatcher.commands.offline import check_policy
+    from dispatcher.registry.registry import check_sections
 
     try:
         loaded = load(path)
     except Failure as failure:
-        return failure.message.splitlines()
+        return failure.message.splitlines(), []
     problems = [str(problem) for problem in check_sections(loaded)]
-    return [*problems, *(str(problem) for problem in check_policy_file(loaded.config.policy))]
+    errors, warnings = check_policy(loaded, loaded.config.policy)
+    return problems + [str(error) for error in errors], [str(warning) for warning in warnings]
 
 
 def read_settings(path: str | None) -> Settings | None:

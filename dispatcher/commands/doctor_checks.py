@@ -79,12 +79,13 @@ def run_checks(node: Node, config_file: str | None) -> list[Finding]:
     """Run all checks and return their findings in a fixed order."""
     from dispatcher.commands.config_check import check_files, read_settings
 
+    problems, warnings = check_files(config_file)
     findings = [
-        Finding("config", "broken", problem, "`dispatcher config check` names all problems")
-        for problem in check_files(config_file)
+        Finding("config", "broken", problem, "`dispatcher config check` checks all of it") for problem in problems
     ]
+    findings += [Finding("config", "hint", warning) for warning in warnings]
     settings = read_settings(config_file) or Settings()
-    if not findings:
+    if not problems:
         findings.append(Finding("config", "ok", "configuration and policy load, and the policy's own tests hold"))
     for name, check in CHECKS:
         try:
@@ -99,11 +100,7 @@ def check_python(node: Node, settings: Settings) -> Iterator[Finding]:
     del node
     from importlib import metadata
 
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Finding("python", "broken", f"Python {version} is too old", "install Python 3.11 or newer")
-    else:
-        yield Finding("python", "ok", f"Python {version}")
+    yield Finding("python", "ok", f"Python {platform.python_version()} at {sys.executable}")
     offered = {entry.name for entry in metadata.entry_points(group="dispatcher.plugins")}
     missing = [name for name in settings.plugins if name not in offered]
     if missing:
@@ -333,7 +330,7 @@ def check_cni(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def check_firewall(node: Node, settings: Settings) -> Iterator[Finding]:
-    """portmap and firewall call iptables; bridges forward."""
+    """What the network plugins portmap and firewall call, and what lets bridges forward."""
     del settings
     folders = os.pathsep.join(
         str(node.path(folder)) for folder in ("/usr/sbin", "/sbin", "/usr/bin", "/usr/local/sbin")

@@ -1,21 +1,28 @@
 """Show which runtime a pod goes to, and why.
 
 For a pod on this node: the decision that was stored when it was made, whatever the policy says now. For a manifest: what
-the policy file says now, rule by rule, without a daemon and without running anything. Hooks of plugins have no say there,
-which the output tells where the policy gives them one.
+the policy file and the plugins' hooks would decide, rule by rule, without a daemon and without running anything. Ends
+with 5 when a pod of the manifest is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dispatcher.commands.config_check import add_config, load
 from dispatcher.commands.connection import add_endpoint, add_json, connect, find_pod, parse_info, pod_name
 from dispatcher.commands.output import Console, Exit, Failure
 from dispatcher.commands.play import read_pods
 from dispatcher.commands.status import outline
+
+if TYPE_CHECKING:
+    from dispatcher.config import LoadedConfig
+    from dispatcher.manifest import PodManifest
+    from dispatcher.policy import Explanation
+    from dispatcher.policy.matching import Failure as ConditionFailure
 
 EPILOG = """\
 examples:
@@ -71,3 +78,85 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
             for line in outline(facts[key]):
                 console.line(f"  {line}")
     return Exit.OK
+
+
+def _explain_manifest(args: argparse.Namespace, console: Console) -> int:
+    """Decide the pods of a manifest offline."""
+    manifests = read_pods(args.file)
+    loaded = load(args.config)
+    explanations = explain_pods(manifests, loaded, Path(args.policy) if args.policy else loaded.config.policy)
+    if console.as_json:
+        console.data([explanation.as_dict() for explanation in explanations])
+    else:
+        for index, explanation in enumerate(explanations):
+            if index:
+                console.line()
+            _show(explanation, console)
+    return Exit.REFUSED if any(explanation.is_refused for explanation in explanations) else Exit.OK
+
+
+def explain_pods(manifests: Sequence[PodManifest], loaded: LoadedConfig, policy_file: Path) -> list[Explanation]:
+    """Return how each pod would be decided, hooks included. Raises Failure for a policy that cannot be loaded."""
+    from dispatcher.commands.offline import load_offline
+    from dispatcher.commands.sessions import read_node
+    from dispatcher.cri import validate
+    from dispatcher.errors import InvalidRequest
+    from dispatcher.manifest import Placement, run_request
+    from dispatcher.policy import explain, facts_of_pod
+    from dispatcher.yaml_marks import YamlError
+
+    node = read_node()
+    explanations = []
+    with load_offline(loaded) as offline:
+        try:
+            policy = offline.load_policy(policy_file).policy
+        except YamlError as error:
+            raise Failure(str(error), hint="mend the policy file, or name another with --policy") from error
+        for manifest in manifests:
+            uid = manifest.pod.metadata.uid or "explained"
+            request = run_request(manifest, Placement(uid=uid, pod_dir="/nowhere"), node)
+            try:
+                spec = validate.pod_spec(request.config, request.runtime_handler)
+            except InvalidRequest as error:
+                raise Failure(f"pod {manifest.pod.metadata.name}: {error.message}") from error
+            explanations.append(explain(policy, facts_of_pod(spec), offline.registry.vote(spec)))
+    return explanations
+
+
+def _show(explanation: Explanation, console: Console) -> None:
+    runtime = "refused" if explanation.is_refused else explanation.runtime
+    if not explanation.is_refused and not explanation.is_loaded:
+        runtime += " (not loaded: such a pod cannot be run here)"
+    console.fields(
+        [
+            ("pod", f"{explanation.namespace}/{explanation.name}"),
+            ("runtime", runtime),
+            ("isolation", explanation.isolation),
+            ("rule", explanation.rule),
+            ("why", explanation.reason),
+            ("handler", explanation.handler),
+            ("floor", explanation.floor),
+            ("trusted", "yes, labels and annotations may lower isolation" if explanation.is_trusted else "no"),
+            ("options", ", ".join(f"{key}={value}" for key, value in explanation.options.items())),
+            ("policy", explanation.policy_hash),
+        ]
+    )
+    if explanation.votes:
+        console.table(
+            ("HOOK OF", "VOTES FOR", "COUNTED", "BECAUSE"),
+            [(v["plugin"], v["runtime"], "yes" if v["counted"] else "no", v["reason"]) for v in explanation.votes],
+        )
+    if explanation.rules:
+        console.table(
+            ("RULE", "LEADS TO", "OUTCOME", "BECAUSE"),
+            [
+                (rule.rule, rule.leads_to, rule.outcome, rule.note or "; ".join(map(_because, rule.failures)))
+                for rule in explanation.rules
+            ],
+        )
+    if explanation.container_rules:
+        console.line(f"its containers are held against: {', '.join(explanation.container_rules)}")
+
+
+def _because(failure: ConditionFailure) -> str:
+    return f"{failure.matcher} is {failure.found}, not {failure.wanted}"

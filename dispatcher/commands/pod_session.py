@@ -79,6 +79,7 @@ class PodSession:
         self,
         client: CriClient,
         manifest: PodManifest,
+        *,
         placement: Placement,
         node: Node,
         console: Console,

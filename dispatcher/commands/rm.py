@@ -60,7 +60,7 @@ async def _remove(client: CriClient, word: str, args: argparse.Namespace, consol
         item for item in await list_containers(client) if item.pod_sandbox_id == pod.id and item.state == _RUNNING
     ]
     if running and not args.force:
-        raise Failure(f"pod {pod_name(pod.metadata)} has {len(running)} running containers", hint="use -f")
+        raise Failure(f"pod {pod_name(pod.metadata)} still runs ({len(running)} containers)", hint="use -f")
     console.say(f"removing pod {pod_name(pod.metadata)} ({short_id(pod.id)})")
     for container in running:
         await client.call("StopContainer", timeout_s=args.time + 60, container_id=container.id, timeout=args.time)

@@ -131,10 +131,10 @@ def _make_session(
     return PodSession(
         client,
         manifest,
-        Placement(uid=uid, pod_dir=str(folder / "pod"), log_dir=str(folder / "logs")),
-        read_node(),
-        console,
-        SessionOptions(
+        placement=Placement(uid=uid, pod_dir=str(folder / "pod"), log_dir=str(folder / "logs")),
+        node=read_node(),
+        console=console,
+        options=SessionOptions(
             pods_dir=args.pods_dir,
             pull=args.pull,
             grace_s=args.grace,

@@ -182,6 +182,7 @@ class BlockingCriClient(_Client):
 
     def __init__(self, address: str, *, timeout_s: float = 120.0) -> None:
         super().__init__(address, timeout_s)
+        self._raw: dict[str, Any] = {}
         self._channel = grpc.insecure_channel(self.endpoint.target, options=_OPTIONS)
 
     def __enter__(self) -> Self:
@@ -201,6 +202,16 @@ class BlockingCriClient(_Client):
         bound = self._bind(self._channel.unary_unary, rpc)
         try:
             return bound(self._methods[rpc].request(**fields), timeout=self._deadline(timeout_s))
+        except grpc.RpcError as error:
+            raise _failed(rpc, error) from error
+
+    def call_bytes(self, rpc: str, request: bytes = b"") -> bytes:
+        """Call a unary RPC with a serialised request and return the serialised response, for measuring servers."""
+        bound = self._raw.get(rpc)
+        if bound is None:
+            bound = self._raw[rpc] = self._channel.unary_unary(self._methods[rpc].path)
+        try:
+            return bytes(bound(request, timeout=self._timeout_s))
         except grpc.RpcError as error:
             raise _failed(rpc, error) from error
 
