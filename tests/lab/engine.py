@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -115,7 +116,8 @@ class Engine:
     def start(self, *, timeout_s: float = 60) -> None:
         """Start dockerd and wait until it answers."""
         self._config.write_text(json.dumps(self._settings, indent=1))
-        if not Path(f"/sys/class/net/{self.bridge}").exists():
+        # Not by /sys, which may show another network namespace than the one that we are in.
+        if self.bridge not in {name for _index, name in socket.if_nameindex()}:
             _ip("link", "add", self.bridge, "type", "bridge")
             _ip("address", "add", _BRIDGE_ADDRESS, "dev", self.bridge)
         self._child.start()

@@ -317,6 +317,10 @@ class TestImages:
         self._guarded(NO_NEW_PRIVS, lambda: self._push(NO_NEW_PRIVS, _no_new_privs(base)))
         self._guarded(NGINX, lambda: self._push_web(base))
 
+    def push_shell(self) -> None:
+        """Build and upload only BUSYBOX, for who needs no other."""
+        self._push(BUSYBOX, Image(layers=[Layer.gzip(base_tree().tar())], process={"Cmd": ["sh"]}))
+
     def need(self, reference: str) -> str:
         """Return the reference.
 

@@ -118,10 +118,11 @@ class Node:
         """Put a policy file in place, atomically, as an operator's tool would. JSON is YAML."""
         _replace(self.policy_path, policy if isinstance(policy, str) else json.dumps(policy, indent=1))
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run `dispatcher ARGUMENTS` with this interpreter and the node's socket in its environment."""
         return subprocess.run(
             [sys.executable, "-m", "dispatcher", *arguments],
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
