@@ -5,10 +5,12 @@ The whole tree of dataclasses is described by their own annotations; there is no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from dispatcher.model import ContainerRecord, PodRecord
 
@@ -36,8 +38,15 @@ class Codec(Generic[R]):
         self._adapter: TypeAdapter[R] = TypeAdapter(record_type)
 
     def encode(self, record: R) -> bytes:
-        """Return the record as JSON."""
-        return self._adapter.dump_json(record)
+        """Return the record as JSON.
+
+        Raises:
+            TypeError: a part that should be plain JSON (facts, a plan's content, options) is not.
+        """
+        try:
+            return self._adapter.dump_json(record, fallback=_plain, warnings="none")
+        except PydanticSerializationError as error:
+            raise TypeError(f"the record is no plain JSON: {error}") from None
 
     def decode(self, body: bytes) -> R:
         """Return the record that `encode` took.
@@ -51,6 +60,13 @@ class Codec(Generic[R]):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UnreadableError(f"{where or 'record'}: {first['msg']}") from None
+
+
+def _plain(value: object) -> object:
+    """Take every kind of mapping for a dict, such as a read-only view of one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} cannot be written")
 
 
 POD_CODEC = Codec(PodRecord)
