@@ -80,7 +80,7 @@ def make_net_sysctls(sysctls: Mapping[str, str]) -> tuple[NetSysctl, ...]:
     Raises:
         InvalidRequest: a name or value that cannot be one.
     """
-    return tuple(_make_net_sysctl(name, value) for name, value in sysctls.items() if re.match(r"net[./]", name))
+    return tuple(_make_net_sysctl(name, value) for name, value in sysctls.items() if re.split("[./]", name)[0] == "net")
 
 
 def _make_net_sysctl(name: str, value: str) -> NetSysctl:

@@ -14,7 +14,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher_cni.conflist import LIMIT_BYTES, BadConfig, NetworkConfig, parse_list, parse_single
+from dispatcher_cni.conflist import BadConfig, NetworkConfig, parse_list, parse_single
+from dispatcher_cni.strict_json import LIMIT_BYTES
 
 ENDINGS = frozenset({".conf", ".conflist", ".json"})
 _Stamp = tuple[int, int, int]  # inode, size, modification time in ns
@@ -72,7 +73,7 @@ class Catalogue:
 
     def _files(self, folder: Path, problems: list[str]) -> list[Path]:
         try:
-            names = [name for name in os.listdir(folder) if os.path.splitext(name)[1] in ENDINGS]  # noqa: PTH208, PTH122
+            names = [name for name in os.listdir(folder) if os.path.splitext(name)[1] in ENDINGS]
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,17 @@ _READS_INTERFACE = frozenset({"bridge", "ptp"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DelCall:
-    """What DEL of one plugin runs with; `netns_path` is "" where the namespace is gone."""
+    """What DEL of one plugin runs with.
+
+    `netns_path` is "" where the namespace is gone. `restored` says that the interface or its addresses were put back.
+    """
 
     plan: AttachmentPlan
     plugin: Mapping[str, Any]
     result: Mapping[str, Any] | None
     netns_path: str
     lock: int
+    restored: bool
 
 
 class Chain:
@@ -64,7 +68,7 @@ class Chain:
             stdout = await self._runner.call("ADD", name, stdin=stdin, plan=plan, inherited_fd=lock)
             try:
                 result = parse_success(stdout, cni_version=plan.network.cni_version)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 text = f"its answer is not a result ({str(error)[:200]})"
                 raise PluginFailed(name, "ADD", PluginError(code=0, text=text)) from error
             self._journal.write(plan, result)
@@ -105,7 +109,7 @@ class Chain:
         """
         path = Path(plan.netns_path)
         had_namespace = find_namespace_inode(path) is not None
-        await self._restore(plan, result, may_make=was_attached)
+        restored = await self._restore(plan, result, may_make=was_attached)
         has_namespace = find_namespace_inode(path) is not None
         missing: list[PluginMissing] = []
         try:
@@ -116,6 +120,7 @@ class Chain:
                     result=result,
                     netns_path=plan.netns_path if has_namespace else "",
                     lock=lock,
+                    restored=restored,
                 )
                 try:
                     await self._delete_one(call)
@@ -135,6 +140,14 @@ class Chain:
         try:
             await self._delete_by(call.plugin["type"], call, previous)
         except PluginFailed as error:
+            if call.restored and call.plugin["type"] in _READS_INTERFACE:
+                # An earlier DEL got to the end, and the rules that the interface was put back for are gone: the
+                # reference plugins fail then, behind the removal of the interface. As libcni would have it from here.
+                _LOG.info(
+                    "DEL of pod %s is tried again without its interface. %s", call.plan.container_id, error.message
+                )
+                await self._delete_one(replace(call, restored=False))
+                return
             # CNI has no code for "the namespace that you need is gone"; containerd, too, knows it by these words.
             gone = not call.netns_path and "no such file or directory" in error.error.text
             if error.error.code != UNKNOWN_CONTAINER and not gone:
@@ -160,22 +173,23 @@ class Chain:
         stdin = make_input(plan.network, call.plugin, capabilities=plan.capabilities, previous=previous)
         await self._runner.call("DEL", name, stdin=stdin, plan=plan, netns_path=call.netns_path, inherited_fd=call.lock)
 
-    async def _restore(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, *, may_make: bool) -> None:
-        """See to it that DEL meets the namespace as ADD left it."""
+    async def _restore(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, *, may_make: bool) -> bool:
+        """See to it that DEL meets the namespace as ADD left it. Returns whether something had to be put back."""
         if result is None:
-            return
+            return False
         try:
             interfaces = make_attachment(result, netns_path=plan.netns_path, interface=plan.interface).interfaces
         except NetworkFailed:
             _LOG.warning("The stored result of pod %s cannot be read; DEL runs all the same.", plan.container_id)
-            return
+            return False
         path = Path(plan.netns_path)
         addresses = next((entry.addresses for entry in interfaces if entry.name == plan.interface), ())
         may_make = may_make and any(
             plugin["type"] in _READS_INTERFACE and plugin.get("ipMasq") for plugin in plan.network.plugins
         )
-        if addresses and (may_make or find_namespace_inode(path) is not None):
-            await restore_interface(path, interface=plan.interface, addresses=addresses, may_make=may_make)
+        if not addresses or not (may_make or find_namespace_inode(path) is not None):
+            return False
+        return await restore_interface(path, interface=plan.interface, addresses=addresses, may_make=may_make)
 
     async def collect_garbage(self, network: NetworkConfig, valid: Sequence[tuple[str, str]]) -> tuple[str, ...]:
         """Run GC where the network and the plugin speak it. Returns complaints; every plugin is asked."""

@@ -7,16 +7,14 @@ know we keep as it is, because it belongs to a plugin.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from dispatcher_cni.strict_json import NotStrictJson, load_object
 from dispatcher_cni.versions import choose_version, version_key
 
-LIMIT_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 _PLUGIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 
@@ -111,32 +109,10 @@ def parse_single(data: bytes, *, source: str = "") -> NetworkConfig:
 
 
 def _load(data: bytes) -> dict[str, Any]:
-    if len(data) > LIMIT_BYTES:
-        raise BadConfig(f"The file is larger than {LIMIT_BYTES} bytes.")
     try:
-        text = data.decode("utf-8")
-        top = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-        json.dumps(top, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be handed on
-    except UnicodeError:
-        raise BadConfig("The file is not UTF-8 text.") from None
-    except json.JSONDecodeError as error:
-        raise BadConfig(f"Line {error.lineno}, column {error.colno} is not JSON: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:
-        raise BadConfig(f"The file is not usable JSON: {str(error)[:200]}.") from None
-    if not isinstance(top, dict):
-        raise BadConfig("The file must hold one JSON object.")
-    return top
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return value
+        return load_object(data)
+    except NotStrictJson as error:
+        raise BadConfig(str(error)) from None
 
 
 def _network_name(top: Mapping[str, Any]) -> str:

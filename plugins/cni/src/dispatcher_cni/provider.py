@@ -60,12 +60,16 @@ class CniNetwork:
 
     async def start(self) -> None:
         """Read the configuration, ask the plugins once, and go on watching. Returns with a status that is true."""
-        self._journal.open()
+        self.open_journal()
         self._look()
         with contextlib.suppress(TimeoutError):  # a plugin that hangs must not keep the daemon from serving
             async with asyncio.timeout(_FIRST_LOOK_S):
                 await self._examine()
         self._watching = asyncio.create_task(self._watch(), name="cni-watch")
+
+    def open_journal(self) -> None:
+        """Make the provider usable without watching: for commands that act on one pod. Idempotent."""
+        self._journal.open()
 
     async def aclose(self) -> None:
         """Stop watching. Idempotent."""

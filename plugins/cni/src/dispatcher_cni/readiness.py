@@ -21,7 +21,8 @@ def no_network(config: CniConfig, problems: tuple[str, ...]) -> NetworkStatus:
     """The condition of a node without a usable configuration."""
     folders = ", ".join(str(folder) for folder in config.conf_dirs)
     if problems:
-        return NetworkStatus(ready=False, reason="BadNetworkConfig", message=" ".join(problems))
+        message = " ".join((*problems, "Mend the file, or remove it."))
+        return NetworkStatus(ready=False, reason="BadNetworkConfig", message=message)
     return NetworkStatus(
         ready=False,
         reason="NoNetworkConfig",

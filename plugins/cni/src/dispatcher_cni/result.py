@@ -6,7 +6,6 @@ A plugin's answer is checked before anything believes it: addresses must be addr
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from dispatcher.errors import NetworkFailed
 from dispatcher.model import Attachment, Interface, NetworkRoute
+from dispatcher_cni.strict_json import load_object
 from dispatcher_cni.versions import OLDEST, version_key
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -34,9 +34,7 @@ def parse_success(stdout: bytes, *, cni_version: str) -> dict[str, Any]:
     Raises:
         ValueError: not a JSON object.
     """
-    answer = json.loads(stdout.decode("utf-8"))
-    if not isinstance(answer, dict):
-        raise ValueError("the answer is not a JSON object")  # noqa: TRY004 - bad data, not a bad type of ours
+    answer = load_object(stdout)
     answer.setdefault("cniVersion", cni_version)
     return answer
 
@@ -44,12 +42,12 @@ def parse_success(stdout: bytes, *, cni_version: str) -> dict[str, Any]:
 def parse_error(exit_code: int, stdout: bytes, stderr: bytes) -> PluginError:
     """Make the best of a failed plugin's output: its JSON error, else whatever it printed, else its exit code."""
     try:
-        answer = json.loads(stdout.decode("utf-8"))
+        answer = load_object(stdout)
         code, parts = answer.get("code", 0), [answer.get("msg"), answer.get("details")]
         text = "; ".join(part for part in parts if isinstance(part, str) and part)
         if text:
             return PluginError(code=code if isinstance(code, int) else 0, text=quote(text))
-    except (ValueError, AttributeError, RecursionError):
+    except ValueError:
         pass
     printed = quote((stderr.strip() or stdout.strip()).decode("utf-8", "replace"))
     return PluginError(code=0, text=printed or f"no message, exit status {exit_code}")
@@ -62,9 +60,9 @@ def parse_versions(stdout: bytes) -> tuple[str, ...]:
         ValueError: not an answer to VERSION.
     """
     try:
-        found = json.loads(stdout.decode("utf-8"))["supportedVersions"]
+        found = load_object(stdout)["supportedVersions"]
         readable = [version for version in found if isinstance(version, str) and _is_version(version)]
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError("not an answer to VERSION") from error
     return tuple(sorted(set(readable), key=version_key)) or (OLDEST,)
 
