@@ -24,10 +24,20 @@ _MAY_RUN = frozenset({ContainerState.STARTING, ContainerState.RUNNING, Container
 async def stop_pod(pod: PodRecord, deps: Deps) -> None:
     """Stop the sandbox, free its addresses, unmount its namespace. The record must be STOPPING already.
 
+    Concurrent calls take turns, since a network plugin may not be run twice at once for one pod; the later ones find
+    that all is done. What was undone is taken off the record, so that it is not undone again.
+
     Raises:
         RuntimeDown: its processes are not proven gone: nothing was freed, the pod stays STOPPING.
         NetworkFailed: DEL failed: the namespace stays, so that the next try can finish.
     """
+    async with deps.locks.hold(f"stop {pod.id}"):
+        current = deps.store.find_pod(pod.id)
+        if current is not None and current.state is PodState.STOPPING:
+            await _stop(current, deps)
+
+
+async def _stop(pod: PodRecord, deps: Deps) -> None:
     runtime = deps.runtime_of(pod)
     alive = tuple(c for c in deps.store.list_containers(pod.id) if c.state in _MAY_RUN)
     await runtime.stop_pod(deps.pod_ref(pod))
@@ -38,7 +48,9 @@ async def stop_pod(pod: PodRecord, deps: Deps) -> None:
     if pod.plan is not None:
         await deps.network.delete(pod.plan, pod.attachment)
         await remove_namespace(deps.netns_path(pod.id))
-    await deps.store.update_pod(pod.id, PodEvent.STOPPED, stopped_at_ns=pod.stopped_at_ns or deps.now_ns())
+    await deps.store.update_pod(
+        pod.id, PodEvent.STOPPED, stopped_at_ns=deps.now_ns(), plan=None, attachment=None, ips=()
+    )
 
 
 async def remove_pod(pod: PodRecord, deps: Deps) -> None:

@@ -227,7 +227,9 @@ def sweep(root: Path) -> None:
         _ip("link", "delete", _bridge_of(root))
     for point in reversed(_mounts_below(root)):
         subprocess.run(["umount", "-l", point], check=False, capture_output=True)
-    for folder in Path("/sys/fs/cgroup").glob(f"**/{root.name}"):
+    # os.walk passes over folders that vanish meanwhile: other engines come and go.
+    found = [Path(at, root.name) for at, names, _ in os.walk("/sys/fs/cgroup") if root.name in names]
+    for folder in found:
         for inner in sorted(folder.glob("**/"), key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):
                 inner.rmdir()

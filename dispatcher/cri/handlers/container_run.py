@@ -129,12 +129,18 @@ async def update_resources(
 
 
 def merge(standing: Resources, asked: Resources) -> Resources:
-    """Return `standing` with all that `asked` specifies: 0, "" and empty mean "leave it" (CRI)."""
+    """Return `standing` with all that `asked` specifies: 0, "" and empty mean "leave it" (CRI).
+
+    A container without swap of its own stays one: its limit of memory plus swap follows a new limit of memory.
+    """
     changes = {
         field: value
         for field in Resources.__dataclass_fields__
         if (value := getattr(asked, field)) and field != "unified"
     }
+    if asked.memory_limit_bytes and not asked.memory_swap_limit_bytes:
+        if standing.memory_swap_limit_bytes == standing.memory_limit_bytes:
+            changes["memory_swap_limit_bytes"] = asked.memory_limit_bytes
     return replace(standing, **changes, unified={**standing.unified, **asked.unified})
 
 

@@ -57,7 +57,7 @@ class EngineLink:
                 node_uuid=self._services.node_uuid,
             )
             images.add_engine(self.copies)
-        self.events.start()
+        await self.events.start()
 
     async def aclose(self) -> None:
         """Let go of connections and threads."""

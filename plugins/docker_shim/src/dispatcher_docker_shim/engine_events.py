@@ -9,6 +9,7 @@ looked at is a set of names, hence bounded by the number of our containers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _PING_EVERY_S = 5.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _STEADY_S = 10.0
+_FIRST_TRY_S = 3.0
 _FACTS = frozenset({"create", "start", "die", "oom", "destroy", "pause", "unpause", "rename", "update"})
 _MAX_EXECS = 4096
 
@@ -41,11 +43,15 @@ class EngineEvents:
         self.last_error = ""
         self.dirty: dict[str, None] = {}
         self.changed = asyncio.Event()
+        self._tried = asyncio.Event()
 
-    def start(self) -> None:
-        """Begin to subscribe, in a task of its own."""
+    async def start(self) -> None:
+        """Begin to subscribe, in a task of its own. Returns after the first try, or after a few seconds of it."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="docker-events")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_TRY_S):
+                await self._tried.wait()
 
     async def aclose(self) -> None:
         """Stop."""
@@ -91,6 +97,7 @@ class EngineEvents:
                 _log.exception("the subscription to the Docker Engine's events failed")
                 self.last_error = "an answer of the Docker Engine could not be handled; see the log"
             self.connected = False
+            self._tried.set()
             self.changed.set()
             failures = 0 if loop.time() - began > _STEADY_S else failures + 1
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
@@ -124,6 +131,7 @@ class EngineEvents:
     def _begin(self) -> None:
         self.epoch += 1
         self.connected, self.last_error = True, ""
+        self._tried.set()
         self.changed.set()
         for waiting in self._ends.values():
             for event in waiting:
