@@ -206,7 +206,9 @@ class App:
             "config": self._config.model_dump_json(),
             "plugins": as_json(registry.report()),
             "runtimes": as_json({name: asdict(health) for name, health in registry.all_health().items()}),
-            "policy": as_json({**asdict(policy.status), "in_sync": policy.status.is_in_sync}),
+            "policy": as_json(
+                {**asdict(policy.status), "in_sync": policy.status.is_in_sync, "handlers": policy.handlers()}
+            ),
             "recovery": as_json(asdict(self._report)),
             "node": as_json({"uuid": store.get_setting("node_uuid"), "version": program_version()}),
         }

@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pod", nargs="?", metavar="POD", help="an id, its beginning, a name or namespace/name")
     parser.add_argument("-f", "--file", metavar="FILE", help="a manifest with Pods, - for standard input")
     parser.add_argument("--policy", metavar="FILE", help="the policy file for -f (default: what --config says)")
+    parser.add_argument("--facts", action="store_true", help="of a pod: what its network and its runtime recorded, too")
     add_config(parser)
     add_json(parser)
     add_endpoint(parser)
@@ -72,10 +73,15 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
     console.fields(
         [("pod", pod_name(pod.metadata)), ("id", pod.id), *((title, facts.get(key)) for title, key in _SHOWN)]
     )
-    for title, key in (("votes of hooks", "votes"), ("notes", "notes"), ("network", "attachment"), ("facts", "facts")):
-        if facts.get(key):
+    runtime_facts = facts.get("facts") or {}
+    adjusted = [*(facts.get("notes") or ()), *(runtime_facts.get("notes") or ())]
+    shown = [("votes of hooks", facts.get("votes")), ("adjusted", adjusted)]
+    if args.facts:
+        shown += [("network", facts.get("attachment")), ("facts of the runtime", runtime_facts)]
+    for title, value in shown:
+        if value:
             console.line(f"{title}:")
-            for line in outline(facts[key]):
+            for line in outline(value):
                 console.line(f"  {line}")
     return Exit.OK
 

@@ -96,11 +96,9 @@ async def choose_handler(client: CriClient, runtime: str) -> str:
     policy = parse_info(reply.info).get("policy")
     handlers = policy.get("handlers", {}) if isinstance(policy, dict) else {}
     for name, target in sorted(handlers.items()) if isinstance(handlers, dict) else ():
-        if (target.get("runtime") if isinstance(target, dict) else target) == runtime:
+        if name and target == [runtime]:
             return str(name)
     known = sorted(handler.name for handler in reply.runtime_handlers if handler.name)
-    if runtime in known:
-        return runtime
     raise Failure(
         f"no handler of the policy leads to the runtime {runtime!r}; it has {', '.join(known) or 'none'}",
         hint=f"add one to the policy file:  handlers: {{{runtime}: {runtime}}}",
