@@ -6,6 +6,7 @@ arrives in `Resolved`. Pod labels, annotations and image labels play no part her
 
 from __future__ import annotations
 
+import posixpath
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,13 +46,15 @@ _LOG_OPTIONS = {"mode": "blocking", "max-size": "9000p", "max-file": "1", "compr
 class Resolved:
     """What was looked up for one container.
 
-    `sources` are real host paths, one for each mount in order. `seccomp_json` is the text of a localhost profile.
-    `rlimits` are (soft, hard) by name.
+    `sources` are real host paths, one for each mount in order. `pod_files` are the core's own files of the pod, path
+    in the container to host path. `seccomp_json` is the text of a localhost profile. `rlimits` are (soft, hard) by
+    name.
     """
 
     image: str
     user: ContainerUser
     sources: tuple[str, ...] = ()
+    pod_files: dict[str, str] = field(default_factory=dict)
     seccomp_json: str = ""
     rlimits: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -94,7 +97,10 @@ def build_container(
         **_capabilities(security.capabilities),
         "SecurityOpt": _security_options(security, resolved.seccomp_json, traits),
         "GroupAdd": [str(group) for group in resolved.user.supplemental_groups if group != resolved.user.gid],
-        "Mounts": [_mount(mount, source, traits) for mount, source in zip(spec.mounts, resolved.sources, strict=True)],
+        "Mounts": [
+            *(_mount(mount, source, traits) for mount, source in zip(spec.mounts, resolved.sources, strict=True)),
+            *_pod_file_mounts(container, resolved.pod_files),
+        ],
         "Devices": [_device(device) for device in spec.devices],
         "DeviceRequests": _cdi(spec.cdi_devices, traits),
         **limits,
@@ -290,6 +296,20 @@ def _paths(security: ContainerSecurity) -> dict[str, list[str]]:
         if not path.startswith("/") or ".." in path.split("/"):
             raise InvalidRequest(f"masked or read-only path {path!r} is not an absolute path without '..'")
     return chosen
+
+
+def _pod_file_mounts(container: ContainerRef, files: dict[str, str]) -> list[dict[str, Any]]:
+    """The pod's resolv.conf, hosts and hostname, except where the container brings its own.
+
+    They are shared by the pod's containers, and as writable as their root file system.
+    """
+    own = {posixpath.normpath(mount.container_path) for mount in container.spec.mounts}
+    readonly = container.spec.security.readonly_rootfs
+    return [
+        {"Type": "bind", "Source": source, "Target": target, "ReadOnly": readonly}
+        for target, source in files.items()
+        if target not in own
+    ]
 
 
 def _mount(mount: Mount, source: str, traits: EngineTraits) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dispatcher_docker_shim.container_config import Resolved
 
 _MAX_PROFILE = 1 << 20
 _MAX_LINKS = 40
+_POD_FILES = ("resolv.conf", "hosts", "hostname")
 
 
 async def resolve(
@@ -29,9 +30,18 @@ async def resolve(
         image=image_tag,
         user=await _user(container, images),
         sources=tuple([await _source(container, mount, images) for mount in container.spec.mounts]),
+        pod_files=_pod_files(container),
         seccomp_json=await asyncio.to_thread(_seccomp_profile, container),
         rlimits=rlimits,
     )
+
+
+def _pod_files(container: ContainerRef) -> dict[str, str]:
+    """The files that the core wrote for the pod, by their path in the container."""
+    if not container.pod.state_dir:
+        return {}
+    files = {f"/etc/{name}": os.path.join(container.pod.state_dir, name) for name in _POD_FILES}
+    return {target: source for target, source in files.items() if os.path.exists(source)}
 
 
 async def _user(container: ContainerRef, images: ImageProvider) -> ContainerUser:
