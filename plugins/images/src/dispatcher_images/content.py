@@ -184,16 +184,13 @@ class Arrival:
         if self.count + len(data) > self._size:
             raise PullFailed(f"The registry sends more than the {self._size} bytes that {self._digest} has.")
         self._hash.update(data)
-        view = memoryview(data)
         with disk_full_is_out_of_resources():
-            while view:
-                view = view[os.write(self._fd, view) :]
+            _append(self._fd, data)
         self.count += len(data)
 
     def rewind(self) -> None:
         """Forget what arrived, to begin anew."""
-        os.ftruncate(self._fd, 0)
-        os.lseek(self._fd, 0, os.SEEK_SET)
+        _empty(self._fd)
         self._hash = hashlib.sha256()
         self.count = 0
 
@@ -235,6 +232,19 @@ def disk_full_is_out_of_resources() -> Iterator[None]:
 @effect("images.create_arrival")
 def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+@effect("images.append_arrival")
+def _append(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@effect("images.empty_arrival")
+def _empty(fd: int) -> None:
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
 
 
 @effect("images.make_folder")

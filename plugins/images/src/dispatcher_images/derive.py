@@ -21,7 +21,7 @@ from dispatcher.api import effect
 from dispatcher.errors import InvalidRequest, NotSupported
 from dispatcher.model import ImageId
 from dispatcher_images.config import ImagesConfig
-from dispatcher_images.content import Content, disk_full_is_out_of_resources, sync_file
+from dispatcher_images.content import Content, disk_full_is_out_of_resources, remove, sync_file
 from dispatcher_images.exec import Workers, refuse
 from dispatcher_images.flights import Flights
 from dispatcher_images.hostile import BadImage
@@ -90,7 +90,7 @@ class Deriver:
         try:
             await self._run("archive", image_id, job)
         except BaseException:
-            target.unlink(missing_ok=True)
+            remove(target)
             raise
         return target
 

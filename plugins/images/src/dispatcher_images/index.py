@@ -58,8 +58,6 @@ class Index:
             self.close()
             aside = self._path.with_name(self._path.name + ".unreadable")
             log.error("the image index cannot be read and is set aside as %s: images are pulled anew: %s", aside, error)
-            for suffix in ("-wal", "-shm"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
             _set_aside(self._path, aside)
             return self._open()
 
@@ -159,4 +157,6 @@ def _commit(database: sqlite3.Connection) -> None:
 
 @effect("images.set_index_aside")
 def _set_aside(path: Path, aside: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
     path.rename(aside)

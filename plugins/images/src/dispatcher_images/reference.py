@@ -82,7 +82,7 @@ def is_digest(text: str) -> bool:
 
 def _split_registry(head: str) -> tuple[str, str]:
     first, slash, rest = head.partition("/")
-    if not slash or not ("." in first or ":" in first or first == "localhost" or first != first.lower()):
+    if not slash or not ("." in first or ":" in first or first == "localhost"):
         first, rest = DEFAULT_REGISTRY, head
     if first == "index.docker.io":
         first = DEFAULT_REGISTRY
