@@ -105,10 +105,10 @@ class NetworkDeadlines(_Part):
 
     start: Seconds = 30.0
     aclose: Seconds = 10.0
-    add: Seconds = 60.0
-    check: Seconds = 30.0
-    delete: Seconds = 60.0
-    gc: Seconds = 60.0
+    add: Seconds = 210.0  # a plugin that hangs is to be killed and named by the provider, long before this
+    check: Seconds = 210.0
+    delete: Seconds = 210.0
+    gc: Seconds = 600.0
 
 
 class ImageDeadlines(_Part):

@@ -148,6 +148,10 @@ async def _sweep(deps: Deps, report: RecoveryReport) -> None:
     """Remove folders and namespaces of ours that belong to no record (a record is written first, so these are left over
     from a removal that was cut off between its last acts), and let the network provider do the same.
     """
+    try:  # first: network plugins want to see the namespaces that they are to leave
+        await deps.network.gc(tuple(pod.plan for pod in deps.store.list_pods() if pod.plan is not None))
+    except DispatcherError as error:
+        log.warning("network gc failed", extra={"cause": error.message})
     known = {pod.id for pod in deps.store.list_pods()}
     for name in list_namespaces(deps.netns_dir):
         if name not in known:
@@ -158,7 +162,3 @@ async def _sweep(deps: Deps, report: RecoveryReport) -> None:
             if folder.name not in known:
                 remove_pod_files(folder)
                 report.swept.append(f"folder {folder.name}")
-    try:
-        await deps.network.gc(tuple(pod.plan for pod in deps.store.list_pods() if pod.plan is not None))
-    except DispatcherError as error:
-        log.warning("network gc failed", extra={"cause": error.message})

@@ -103,11 +103,13 @@ async def test_condition_follows_the_folder(world: World) -> None:
         await eventually(lambda: "last good content" in network.status().message, what="the broken file is told")
         assert network.status().ready
         assert network.plan(POD, make_spec(), "/nowhere").content["network"]["name"] == "first"
+        assert "last good content" in world.notices[-1][1]
         file.write_text(good.replace("first", "second"))
         await eventually(lambda: "second" in network.status().message, what="the mended file is used")
+        assert world.notices[-1] == ("", "")
         file.unlink()
         await eventually(lambda: show(network) == (False, "NoNetworkConfig"), what="the removal is noticed")
-        assert ("NoNetworkConfig", network.status().message) in world.notices
+        assert world.notices[-1] == ("NoNetworkConfig", network.status().message)
 
 
 async def test_pod_right_after_a_change_gets_the_new_network(world: World) -> None:

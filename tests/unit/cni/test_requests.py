@@ -96,6 +96,7 @@ def test_plan_survives_storage() -> None:
     """The stored form is plain JSON and gives back an equal plan."""
     stored = PLAN.to_network_plan()
     content = json.loads(json.dumps(stored.content))
+    assert content == stored.content
     assert content == json.loads((GOLDEN / "plan.json").read_text())
     again = NetworkPlan(plugin=stored.plugin, netns_path=stored.netns_path, content=content)
     assert AttachmentPlan.from_network_plan(again) == PLAN

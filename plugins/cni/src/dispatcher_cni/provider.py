@@ -124,10 +124,16 @@ class CniNetwork:
             self._set_status(status)
 
     def _set_status(self, status: NetworkStatus) -> None:
-        if status != self._status and not status.ready:
+        if status == self._status:
+            return
+        self._status = status
+        if not status.ready:
             _LOG.warning("The network is not ready (%s): %s", status.reason, status.message)
             self._notify(status.reason, status.message)
-        self._status = status
+        elif self._catalogue.problems:
+            self._notify("BadNetworkConfig", " ".join(self._catalogue.problems))
+        else:
+            self._notify("", "")  # takes back what was said before
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
