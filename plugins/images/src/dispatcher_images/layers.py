@@ -185,7 +185,17 @@ class _Headers:
                 parse = super().frombuf
                 return cast("Self", headers.check(lambda: parse(buf, encoding, errors)))
 
-        return StrictTarInfo
+        if not hasattr(tarfile.TarInfo, "_frombuf"):
+            return StrictTarInfo
+
+        # Newer Pythons, and older ones with Debian's security updates, read headers by another method.
+        class StrictTarInfoByUnderscore(tarfile.TarInfo):
+            @classmethod
+            def _frombuf(cls, buf: bytes, encoding: str, errors: str, **options: bool) -> Self:
+                parse: Callable[..., tarfile.TarInfo] = super()._frombuf  # type: ignore[misc]
+                return cast("Self", headers.check(lambda: parse(buf, encoding, errors, **options)))
+
+        return StrictTarInfoByUnderscore
 
 
 class Entries:
