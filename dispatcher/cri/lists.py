@@ -44,7 +44,8 @@ class RenderedEntries(Generic[Record]):
         self._kept.pop(record_id, None)
 
 
-def _selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+def is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """True where all labels of a CRI selector match; an empty one matches all."""
     return all(labels.get(key) == value for key, value in selector.items())
 
 
@@ -83,7 +84,7 @@ class Lists:
         if wanted.HasField("state"):
             records = [r for r in records if convert.pod_state(r) == wanted.state.state]
         if wanted.label_selector:
-            records = [r for r in records if _selected(r.spec.labels, wanted.label_selector)]
+            records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
         return [r for r in records if r.state is not PodState.CREATING]
 
     def select_containers(self, wanted: pb.ContainerFilter) -> list[ContainerRecord]:
@@ -98,5 +99,5 @@ class Lists:
         if wanted.HasField("state"):
             records = [r for r in records if convert.is_shown(r) and convert.container_state(r) == wanted.state.state]
         if wanted.label_selector:
-            records = [r for r in records if _selected(r.spec.labels, wanted.label_selector)]
+            records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
         return [r for r in records if convert.is_shown(r)]

@@ -29,6 +29,7 @@ from dispatcher.cri.handlers import (
     pod_end,
     pod_read,
     pod_run,
+    stats,
 )
 from dispatcher.cri.lists import Lists
 from dispatcher.cri.status_codes import code_for, text_for
@@ -55,8 +56,6 @@ UNIMPLEMENTED = frozenset(
         "Exec",
         "Attach",
         "PortForward",
-        "ContainerStats",
-        "ListContainerStats",
         "StreamContainerStats",
         "PodSandboxStats",
         "ListPodSandboxStats",
@@ -98,6 +97,8 @@ def handlers(lists: Lists) -> dict[str, Handler]:
         "UpdateContainerResources": container_run.update_resources,
         "ReopenContainerLog": container_run.reopen_log,
         "ExecSync": exec_sync.handle,
+        "ContainerStats": stats.one,
+        "ListContainerStats": stats.many,
         "ListImages": images.list_images,
         "ImageStatus": images.status,
         "PullImage": images.pull,

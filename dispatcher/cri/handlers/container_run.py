@@ -138,9 +138,9 @@ def merge(standing: Resources, asked: Resources) -> Resources:
         for field in Resources.__dataclass_fields__
         if (value := getattr(asked, field)) and field != "unified"
     }
-    if asked.memory_limit_bytes and not asked.memory_swap_limit_bytes:
-        if standing.memory_swap_limit_bytes == standing.memory_limit_bytes:
-            changes["memory_swap_limit_bytes"] = asked.memory_limit_bytes
+    has_no_swap = standing.memory_swap_limit_bytes == standing.memory_limit_bytes
+    if asked.memory_limit_bytes and not asked.memory_swap_limit_bytes and has_no_swap:
+        changes["memory_swap_limit_bytes"] = asked.memory_limit_bytes
     return replace(standing, **changes, unified={**standing.unified, **asked.unified})
 
 
