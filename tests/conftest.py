@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tests.lab.child import PartMissingError
-from tests.lab.engine import Engine, sweep_stale
+from tests.lab.engine import Engine
 from tests.lab.images import TestImages
 from tests.lab.node import Node
 from tests.lab.registry import Registry
+from tests.lab.sweep import sweep_stale
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.lab import census
 from tests.lab.child import PartMissingError, find_program, wait_until
-from tests.lab.engine import sweep_stale
+from tests.lab.sweep import sweep_stale
 
 ROOT = Path(__file__).parents[2]
 # What tests that run beside this one may change: the census compares the whole machine.

@@ -25,6 +25,7 @@ from tests.lab.client import CriClient
 from tests.lab.engine import Engine
 from tests.lab.images import UPSTREAM_HOSTS
 from tests.lab.registry import Registry
+from tests.lab.sweep import bridge_of, sweep
 
 _numbers = itertools.count(1)
 CNI_BIN_DIRS = ("/opt/cni/bin", "/usr/lib/cni")
@@ -66,7 +67,7 @@ class Node:
         self.cni_dir = self.root / "cni"
         self.config_path = self.root / "dispatcher.yaml"
         self.policy_path = self.root / "policy.yaml"
-        self.bridge = "crin" + self.root.name[-8:].replace("_", "-")
+        self.bridge = bridge_of(self.root)
         self.subnet = _subnet()
         self._env = dict(env or {})
         self._clients: list[CriClient] = []
@@ -209,11 +210,8 @@ class Node:
         keep_logs = os.environ.get("DISPATCHER_LAB_LOGS")
         if keep_logs and (self.root / "dispatcher.log").exists():
             shutil.copy(self.root / "dispatcher.log", Path(keep_logs) / f"{self.root.name}.log")
-        subprocess.run([find_program("ip"), "link", "delete", self.bridge], check=False, capture_output=True)
         remove_cni_chains(cni_chains() - self._chains_before)
-        for point in _mounts_below(self.root):
-            subprocess.run(["umount", "-l", point], check=False, capture_output=True)
-        shutil.rmtree(self.root, ignore_errors=True)
+        sweep(self.root)
 
 
 def cni_chains() -> set[tuple[str, str, str]]:
@@ -278,8 +276,3 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _mounts_below(root: Path) -> list[str]:
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return [point for point in reversed(points) if point.startswith(f"{root}/")]
