@@ -1,7 +1,8 @@
 """The only module that knows the docker SDK: the engine's unary calls, in a bounded pool of threads, with deadlines.
 
-A call that the engine does not answer in time is EngineAway, and so is every later one, at once, until `revive` says
-that the engine answers its ping again: a stuck engine costs its callers nothing. Errors are translated by HTTP code.
+A call that the engine does not answer is EngineAway, and so is every later one, at once, until `revive` says that the
+engine answers its ping: a stuck engine costs its callers nothing. `on_doubt` is called, on the loop, to have it pinged
+now. Errors are translated by HTTP code.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class DockerClient:
         self._lock = threading.Lock()
         self._clients: dict[float, Any] = {}
         self._api = ""
-        self._stuck = False
+        self._away = False
+        self.on_doubt: Callable[[], None] = lambda: None
         self._creating: dict[str, asyncio.Future[Any]] = {}
 
     @property
@@ -50,7 +52,11 @@ class DockerClient:
             if version != self._api:
                 self._clients.clear()
                 self._api = version
-            self._stuck = False
+            self._away = False
+
+    def suspend(self) -> None:
+        """The engine went away: calls fail at once until `revive`."""
+        self._away = True
 
     def close(self) -> None:
         """Drop connections. Calls in flight end at their deadline."""
@@ -189,7 +195,7 @@ class DockerClient:
 
     # ------------------------------------------------------------------------------------------------------------ calls
     async def _call(self, doing: str, function: Callable[[Any], T], *, slow: bool = False) -> T:
-        if self._stuck or not self._api:
+        if self._away or not self._api:
             raise EngineAway(f"Docker Engine does not answer; it was not asked to {doing}")
         deadline_s = self._load_deadline_s if slow else self._deadline_s
         loop = asyncio.get_running_loop()
@@ -198,9 +204,17 @@ class DockerClient:
         try:
             async with asyncio.timeout(deadline_s + 0.5):
                 return await work
+        except EngineAway:
+            self._doubt()
+            raise
         except TimeoutError as error:
-            self._stuck = not slow
+            if not slow:
+                self._doubt()
             raise EngineAway(f"Docker Engine did not answer within {deadline_s:g} s when asked to {doing}") from error
+
+    def _doubt(self) -> None:
+        self.suspend()
+        self.on_doubt()
 
     def _run(self, doing: str, function: Callable[[Any], T], deadline_s: float) -> T:
         """Runs in a thread: call the SDK and translate what it raises."""

@@ -32,7 +32,10 @@ class EngineLink:
             load_deadline_s=config.load_deadline_s,
         )
         self.sockets = EngineSocket(config.socket, connect_deadline_s=config.ping_deadline_s)
-        self.events = EngineEvents(self.sockets, node_uuid=services.node_uuid, on_connect=self._meet)
+        self.events = EngineEvents(
+            self.sockets, node_uuid=services.node_uuid, on_connect=self._meet, on_lost=self.client.suspend
+        )
+        self.client.on_doubt = self.events.ping_now
         self.pause = PauseImage(
             self.client,
             folder=services.state_dir,

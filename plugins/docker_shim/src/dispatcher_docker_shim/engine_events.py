@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from dispatcher.errors import DispatcherError
 from dispatcher_docker_shim import naming
@@ -29,15 +30,24 @@ _MAX_EXECS = 4096
 
 
 class EngineEvents:
-    """The subscription. `on_connect` runs after each ping that opens one, before `epoch` rises."""
+    """The subscription. `on_connect` runs after each answered ping, `on_lost` when the engine went away."""
 
-    def __init__(self, sockets: EngineSocket, *, node_uuid: str, on_connect: Callable[[Pong], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        sockets: EngineSocket,
+        *,
+        node_uuid: str,
+        on_connect: Callable[[Pong], Awaitable[None]],
+        on_lost: Callable[[], None],
+    ) -> None:
         self._sockets = sockets
         self._node_uuid = node_uuid
         self._on_connect = on_connect
+        self._on_lost = on_lost
         self._task: asyncio.Task[None] | None = None
         self._execs: dict[str, asyncio.Event] = {}
         self._ends: dict[str, set[asyncio.Event]] = {}
+        self._doubt = asyncio.Event()
         self.epoch = 0
         self.connected = False
         self.last_error = ""
@@ -59,6 +69,10 @@ class EngineEvents:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+
+    def ping_now(self) -> None:
+        """Somebody doubts that the engine is there: find out now instead of at the next interval."""
+        self._doubt.set()
 
     def touch(self, name: str) -> None:
         """Ask for a container or pod (by engine name) to be looked at."""
@@ -97,6 +111,7 @@ class EngineEvents:
                 _log.exception("the subscription to the Docker Engine's events failed")
                 self.last_error = "an answer of the Docker Engine could not be handled; see the log"
             self.connected = False
+            self._on_lost()
             self._tried.set()
             self.changed.set()
             failures = 0 if loop.time() - began > _STEADY_S else failures + 1
@@ -111,9 +126,10 @@ class EngineEvents:
         try:
             while True:
                 pending = pending or asyncio.ensure_future(anext(events))
-                done, _ = await asyncio.wait({pending}, timeout=_PING_EVERY_S)
-                if not done:
-                    await self._sockets.ping()
+                await self._event_or_doubt(pending)
+                if not pending.done():
+                    self._doubt.clear()
+                    await self._on_connect(await self._sockets.ping())
                     continue
                 event, pending = pending.result(), None
                 if event:
@@ -127,6 +143,14 @@ class EngineEvents:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
             await events.aclose()
+
+    async def _event_or_doubt(self, pending: asyncio.Future[Any]) -> None:
+        doubt: asyncio.Future[object] = asyncio.ensure_future(self._doubt.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {pending, doubt}
+            await asyncio.wait(either, timeout=_PING_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            doubt.cancel()
 
     def _begin(self) -> None:
         self.epoch += 1
