@@ -252,6 +252,6 @@ def _credentials(key: str, entry: dict[str, Any]) -> dict[str, str]:
     if entry.get("identitytoken"):
         return {**found, "identity_token": entry["identitytoken"]}
     if entry.get("auth"):
-        user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+        user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
         return {**found, "username": user, "password": password}
     return {**found, "username": entry["username"], "password": entry["password"]}
