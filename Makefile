@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 EDITABLE := -e . $(addprefix -e ,$(PLUGINS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# In a plain chroot, container engines need a mount namespace whose root is the chroot; elsewhere this changes nothing.
+WHOLE := $(BIN)/python scripts/whole_root.py
 SOURCES := dispatcher $(wildcard $(addsuffix src,$(PLUGINS)) demo scripts bench tests)
 
 # Seconds that each fuzzer runs within `make test`, and within `make fuzz`.
@@ -22,19 +24,19 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: host-demo venv  ## Start a private engine, a registry and the endpoint, and run pods through them
-	$(BIN)/python -m demo $(DEMO_ARGS)
+	$(WHOLE) $(BIN)/python -m demo $(DEMO_ARGS)
 
 test: host-test venv lint types  ## Everything that decides whether a change may land
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(WHOLE) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: host-test venv  ## Repetitions of what the tests show once: hundreds of kills, thousands of pods
-	$(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
+	$(WHOLE) $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
 
 fuzz: host-test venv  ## The fuzzers for an hour each (FUZZ_LONG_SECONDS=n)
-	FUZZ_SECONDS=$(FUZZ_LONG_SECONDS) $(BIN)/python -m pytest -m fuzz --timeout=0 $(PYTEST_ARGS)
+	FUZZ_SECONDS=$(FUZZ_LONG_SECONDS) $(WHOLE) $(BIN)/python -m pytest -m fuzz --timeout=0 $(PYTEST_ARGS)
 
 bench: host-test venv  ## Measure this endpoint beside another one (BENCH_ARGS=...)
-	$(BIN)/python bench/cri.py $(BENCH_ARGS)
+	$(WHOLE) $(BIN)/python bench/cri.py $(BENCH_ARGS)
 
 lint: venv  ## Style, formatting and the import contracts
 	$(BIN)/ruff check .
