@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dispatcher.api import Registrar
 from dispatcher.model import NetworkRoute
@@ -18,9 +16,6 @@ from dispatcher_cni.default_network import find_collision, make_default_network
 from dispatcher_cni.gate import Gate
 from dispatcher_cni.namespace import parse_ipv4_routes, parse_ipv6_routes
 from dispatcher_cni.plugin import plugin
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
@@ -213,21 +208,3 @@ async def _pass(gate: Gate) -> None:
 async def _collect(gate: Gate) -> None:
     async with gate.exclusive():
         pass
-
-
-def test_shipped_configuration_is_the_built_in_network() -> None:
-    """config/10-dispatcher-bridge.conflist is what the built-in network would be, for operators who want it as a file."""
-    shipped = parse_list((ROOT / "config" / "10-dispatcher-bridge.conflist").read_bytes())
-    built_in = make_default_network(DefaultNetwork())
-    assert (shipped.name, shipped.cni_version, shipped.plugins) == (
-        built_in.name,
-        built_in.cni_version,
-        built_in.plugins,
-    )
-
-
-def test_shipped_settings_are_the_defaults() -> None:
-    """The section in config/dispatcher.yaml shows every key, with its default."""
-    section = yaml.safe_load((ROOT / "config" / "dispatcher.yaml").read_text())["plugins"]["cni"]
-    assert CniConfig.from_section(section) == CniConfig()
-    assert set(section) == set(CniConfig.model_fields)
