@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--clean", action="store_true", help="only remove what a killed demo or test run left")
     options = parser.parse_args()
-    swept = sweep_stale()
+    swept = [] if _INSIDE in os.environ else sweep_stale()
     if options.clean:
         print(f"demo: removed {len(swept)} folders of runs that were killed")
         return 0
