@@ -41,7 +41,7 @@ CREATE TABLE set_aside (
 MIGRATIONS: tuple[Migration, ...] = ()
 
 
-class StoreUnusableError(Exception):
+class StoreUnusableError(DispatcherError):
     """The state database cannot be used; the message says why and what to do. The daemon must not start."""
 
 

@@ -206,7 +206,7 @@ async def test_a_file_that_cannot_be_read_at_all_stops_the_start_and_is_kept(tmp
     path = tmp_path / "state.db"
     path.write_bytes(content)
     for _ in range(2):  # a service manager starts us again and again: one copy is enough
-        with pytest.raises(StoreUnusableError, match="nothing in it can be read. A copy is"):
+        with pytest.raises(StoreUnusableError, match=r"nothing in it can be read\. A copy is"):
             await Store.open(path)
     assert path.read_bytes() == content
     assert len([file for file in tmp_path.iterdir() if ".corrupt-" in file.name]) == 1
@@ -220,7 +220,7 @@ async def test_a_full_disk_is_told_and_survived(tmp_path: Path) -> None:
     connection.execute(f"PRAGMA max_page_count = {pages}")
     before = store.list_pods()
     pod = before[0]
-    with pytest.raises(OutOfResources, match="disk .* is full"):
+    with pytest.raises(OutOfResources, match=r"disk .* is full"):
         await store.update_pod(pod.id, facts={"large": "x" * 200_000})
     assert store.list_pods() == before
     connection.execute("PRAGMA max_page_count = 1000000")
