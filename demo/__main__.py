@@ -27,10 +27,11 @@ import yaml
 
 from dispatcher.cri import api_pb2 as pb
 from tests.lab.child import PartMissingError, require_root
-from tests.lab.engine import Engine, sweep_stale
+from tests.lab.engine import Engine
 from tests.lab.images import BUSYBOX, TestImages
 from tests.lab.node import Node
 from tests.lab.registry import Registry
+from tests.lab.sweep import sweep_stale
 
 HERE = Path(__file__).parent
 _INSIDE = "DISPATCHER_DEMO_INSIDE"
