@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.errors import NotFound, RuntimeDown
+from dispatcher.errors import InvalidRequest, NotFound, RuntimeDown
 from dispatcher.model import FilesystemUsage, GroupsPolicy, ImageId
 from dispatcher.model import Image as StoredImage
 from dispatcher_images.provider import OciImages
@@ -282,6 +282,38 @@ async def test_the_user_is_resolved_from_the_images_own_files(odd: OddRegistry, 
         pulled.id, user="www", uid=None, gid=None, supplemental_groups=(5,), policy=GroupsPolicy.MERGE
     )
     assert (found.uid, found.gid, found.supplemental_groups) == (33, 33, (33, 5))
+
+
+@pytest.mark.parametrize(
+    ("tree", "uid"),
+    [
+        (Tree().file("nix/accounts", "www:x:44:44::/:/bin/sh\n").symlink("etc/passwd", "/nix/accounts"), 44),
+        (Tree().file("real/passwd", "www:x:45:45::/:/bin/sh\n").symlink("etc", "../../real"), 45),
+        (Tree().symlink("etc/passwd", "/../../../../../etc/passwd"), None),
+        (Tree().symlink("etc/passwd", "/proc/self/environ"), None),
+        (Tree().symlink("etc/passwd", "loop").symlink("etc/loop", "passwd"), None),
+        (Tree().folder("etc/passwd"), None),
+    ],
+    ids=["link", "linked folder", "out", "host", "loop", "folder"],
+)
+async def test_account_files_behind_links_are_the_images_own(
+    odd: OddRegistry, store: OciImages, tree: Tree, uid: int | None
+) -> None:
+    pulled = await store.pull(odd.put("a", "1", Image(layers=[Layer.gzip(tree.tar())])), None)
+
+    async def resolve(user: str) -> int:
+        found = await store.resolve_user(
+            pulled.id, user=user, uid=None, gid=None, supplemental_groups=(), policy=GroupsPolicy.MERGE
+        )
+        return found.uid
+
+    if uid is None:
+        with pytest.raises(InvalidRequest):
+            await resolve("www")
+        with pytest.raises(InvalidRequest):
+            await resolve("daemon")  # the host has one
+    else:
+        assert await resolve("www") == uid
 
 
 # ------------------------------------------------------------------------------------------------------------- crashes

@@ -6,6 +6,7 @@ durable. While a thing is being made the image is leased, so that a removal mean
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -25,6 +26,7 @@ from dispatcher_images.content import Content, disk_full_is_out_of_resources, re
 from dispatcher_images.exec import Workers, refuse
 from dispatcher_images.flights import Flights
 from dispatcher_images.hostile import BadImage
+from dispatcher_images.rootfs import read_in_root
 from dispatcher_images.store import ImageStore
 from dispatcher_images.uninterrupted import finish, in_thread
 from dispatcher_images.users import AccountFiles
@@ -178,8 +180,17 @@ class Deriver:
 
     async def _read_accounts(self, image_id: ImageId) -> AccountFiles:
         reply = await self._run("accounts", image_id, {})
+        if reply.get("indirect"):
+            async with self._leased(image_id, "accounts"):
+                return await asyncio.to_thread(self._accounts_in, await self.unpacked(image_id))
         files = {name: base64.b64decode(content) for name, content in reply.items()}
         return AccountFiles(passwd=files.get("passwd", b""), group=files.get("group", b""))
+
+    def _accounts_in(self, tree: Path) -> AccountFiles:
+        limit = self._config.limits().max_account_bytes
+        return AccountFiles(
+            passwd=read_in_root(tree, "etc/passwd", limit), group=read_in_root(tree, "etc/group", limit)
+        )
 
     # ------------------------------------------------------------------------------------------------------ common
     async def _run(self, job: str, image_id: ImageId, details: dict[str, Any]) -> dict[str, Any]:

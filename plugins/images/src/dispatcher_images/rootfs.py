@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import stat
 import struct
 from pathlib import Path
 
@@ -40,6 +42,32 @@ def resolve_in_root(root: Path, sub_path: str) -> Path:
     if found != real_root and real_root not in found.parents:
         raise InvalidRequest(f"The image sub path {sub_path[:200]!r} leads out of the image.")
     return found
+
+
+def read_in_root(root: Path, path: str, limit: int) -> bytes:
+    """Read a small file of the tree `root`, links resolved with the image as root; b"" where there is none.
+
+    Raises:
+        InvalidRequest: it is no regular file, or larger than `limit`.
+    """
+    root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Not blocking: an image may put a fifo there.
+        fd = _openat2(root_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+            return b""
+        raise InvalidRequest(f"The image's /{path} cannot be read.") from error
+    finally:
+        os.close(root_fd)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise InvalidRequest(f"The image's /{path} is no regular file of at most {limit} bytes.")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
 
 
 def _openat2(folder: int, path: str, flags: int) -> int:

@@ -184,7 +184,10 @@ def _add_layer(out: IO[bytes], name: str, blob: IO[bytes], promised: str, limits
 
 
 def accounts(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Find /etc/passwd and /etc/group by reading layers from the top, without unpacking anything."""
+    """Find /etc/passwd and /etc/group by reading layers from the top, without unpacking anything.
+
+    Replies `indirect` where they lie behind links: only the whole tree can tell what those lead to.
+    """
     limits = _limits(job)
     confine.die_with_parent(job["parent"])
     confine.limit_resources(limits)
@@ -193,13 +196,20 @@ def accounts(job: Mapping[str, Any]) -> dict[str, Any]:
         confine.keep_capabilities(frozenset())
         found: dict[str, bytes] = {}
         pending = {"etc/passwd", "etc/group"}
-        for blob, promised in reversed(layers):
-            here, gone = _find_accounts(blob, promised, pending, limits)
-            found.update(here)
-            pending -= here.keys() | gone
-            if not pending:
-                break
+        try:
+            for blob, promised in reversed(layers):
+                here, gone = _find_accounts(blob, promised, pending, limits)
+                found.update(here)
+                pending -= here.keys() | gone
+                if not pending:
+                    break
+        except _IndirectError:
+            return {"indirect": True}
     return {name.removeprefix("etc/"): base64.b64encode(content).decode() for name, content in found.items()}
+
+
+class _IndirectError(Exception):
+    """An account file, or its folder, is a link."""
 
 
 def _find_accounts(
@@ -221,20 +231,16 @@ def _find_accounts(
         elif folder == "etc" and f"etc/{base.removeprefix('.wh.')}" in wanted and base.startswith(".wh."):
             gone.add(f"etc/{base.removeprefix('.wh.')}")
         elif name == "etc" and not entry.isdir():
-            raise BadImage("the image's /etc is not a folder, so its accounts cannot be read")
+            raise _IndirectError
         elif name in wanted:
-            found.pop(name, None)
-            content = _account_file(entry, entries, limits)
-            if content is None:
-                raise BadImage(f"the image's /{name} is not a regular file")
-            found[name] = content
+            if not entry.isreg() or entry.sparse is not None:
+                raise _IndirectError
+            found[name] = _account_file(entry, entries, limits)
     _check(reader.finish(), promised)
     return found, gone
 
 
-def _account_file(entry: tarfile.TarInfo, entries: Entries, limits: Limits) -> bytes | None:
-    if not entry.isreg() or entry.sparse is not None:
-        return None
+def _account_file(entry: tarfile.TarInfo, entries: Entries, limits: Limits) -> bytes:
     if entry.size > limits.max_account_bytes:
         raise BadImage(f"the image's /{entry.name} is larger than {limits.max_account_bytes} bytes")
     content = io.BytesIO()
