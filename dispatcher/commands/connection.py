@@ -33,8 +33,8 @@ _HINTS = {
 }
 
 
-def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every command with a daemon takes."""
+def add_endpoint(parser: argparse.ArgumentParser, *, with_timeout: bool = True) -> None:
+    """Add the options that every command with a daemon takes; `with_timeout` is off where it means something else."""
     parser.add_argument(
         "-e",
         "--endpoint",
@@ -42,6 +42,8 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(ENDPOINT_VARIABLE, DEFAULT_ENDPOINT),
         help=f"the daemon's socket (default: ${ENDPOINT_VARIABLE}, else {DEFAULT_ENDPOINT})",
     )
+    if not with_timeout:
+        return
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",

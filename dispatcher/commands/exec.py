@@ -7,9 +7,10 @@ Output comes at the end and is limited to 16 MiB; sessions with a terminal or wi
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
-from dispatcher.commands.connection import add_endpoint, as_failure, connect, find_container
+from dispatcher.commands.connection import add_endpoint, as_failure, connect, find_container, positive_seconds
 from dispatcher.commands.output import Console, Exit, Failure
 
 EPILOG = """\
@@ -24,8 +25,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--container", metavar="NAME", default="", help="which container of the pod")
     parser.add_argument("-i", "--stdin", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-t", "--tty", action="store_true", help=argparse.SUPPRESS)
-    add_endpoint(parser)
-    parser.set_defaults(timeout=0.0)
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=positive_seconds,
+        default=0.0,
+        help="kill the command after this time, in whole seconds (default: never)",
+    )
+    add_endpoint(parser, with_timeout=False)
     parser.add_argument("target", metavar="POD|CONTAINER", help="an id, its beginning, or a pod's name")
     parser.add_argument(
         "command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments"
@@ -45,7 +52,7 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
             hint="use `crictl exec -it` or `kubectl exec -it` for a session",
             code=Exit.USAGE,
         )
-    limit_s = int(args.timeout)
+    limit_s = math.ceil(args.timeout)
     args.timeout = 30.0
     async with connect(args) as client:
         container = await find_container(client, args.target, args.container, running=True)
