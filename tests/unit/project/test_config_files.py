@@ -90,7 +90,7 @@ def read_unit() -> configparser.ConfigParser:
     """The systemd unit, read as an INI file, which it is as long as no key repeats."""
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(CONFIG / "cri-dispatcher.service")
+    unit.read(CONFIG / "dispatcher.service")
     return unit
 
 
@@ -121,8 +121,8 @@ def test_unit_is_valid_for_systemd(tmp_path: Path) -> None:
     verify = shutil.which("systemd-analyze")
     if verify is None:
         pytest.skip("systemd-analyze is not installed")
-    unit = tmp_path / "cri-dispatcher.service"
-    text = (CONFIG / "cri-dispatcher.service").read_text()
+    unit = tmp_path / "dispatcher.service"
+    text = (CONFIG / "dispatcher.service").read_text()
     unit.write_text(text.replace("/opt/cri-dispatcher/bin/dispatcher", "/bin/true"))
     done = subprocess.run([verify, "verify", "--man=no", unit], capture_output=True, text=True, check=False)
     complaints = [line for line in (done.stdout + done.stderr).splitlines() if unit.name in line]
