@@ -82,12 +82,16 @@ async def test_killed_at_any_act_the_next_daemon_leaves_nothing(world: World, wh
     """Killed at each failpoint, once with the plan on record and once with the provider's own journal alone."""
     await warm_up(world)
     world.configure(BRIDGE, FIREWALL)
-    before = take_census(world.netns_dir, LEASES)
+    folders = (world.netns_dir, world.state_dir, world.root / "run", LEASES)
+    before = take_census(*folders)
     passages = [passage for passage in find_passages(world) if f":{when}=" in passage]
     assert {passage.partition(":")[0] for passage in passages} >= {
         "cni.exec",
+        "cni.journal.open",
         "cni.journal.remove",
         "cni.journal.write",
+        "cni.lock.open",
+        "cni.lock.remove",
         "cni.restore_interface",
         "netns.ensure",
         "netns.remove",
@@ -96,7 +100,7 @@ async def test_killed_at_any_act_the_next_daemon_leaves_nothing(world: World, wh
         child = start_child(world, make_pod_id(), DISPATCHER_FAILPOINTS=passage)
         assert child.wait() == -9, passage
         await take_over(world, with_record=with_record)
-        assert take_census(world.netns_dir, LEASES) == before, passage
+        assert take_census(*folders) == before, passage
     print(f"{len(passages)} kills")
 
 
@@ -175,3 +179,17 @@ async def test_clean_up_at_start_frees_only_what_is_not_on_record(world: World) 
         await detach_pod(network, kept)
     await remove_namespace(lost.netns)
     assert world.leases() == {}
+
+
+@own_host
+async def test_address_of_a_pod_whose_file_is_damaged_is_freed(world: World) -> None:
+    """The machine died while the provider wrote: neither a record nor a plan is left, only the pod's id."""
+    world.configure(BRIDGE, FIREWALL)
+    async with world.network() as network:
+        pod = await attach_pod(world, network)
+    await remove_namespace(pod.netns)
+    (world.state_dir / "attachments" / f"{pod.id}.json").write_bytes(b"")
+    async with world.network() as network:
+        await network.gc(())
+    assert world.leases() == {}
+    assert list((world.state_dir / "attachments").iterdir()) == []

@@ -48,14 +48,20 @@ class Journal:
         self._folder = folder
         self._locks = lock_folder
 
+    @effect("cni.journal.open")
     def open(self) -> None:
         """Make the folders. Idempotent."""
         for folder in (self._folder, self._locks):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def ids(self) -> tuple[str, ...]:
-        """The container ids of all attachments on file."""
-        return tuple(sorted(path.stem for path in self._folder.glob("*.json")))
+        """The container ids of all attachments on file, and of those with nothing but a lock left."""
+        attached = {path.stem for path in self._folder.glob("*.json")}
+        return tuple(sorted(attached | {path.name for path in self._locks.iterdir() if _ID.fullmatch(path.name)}))
+
+    def holds(self, container_id: str) -> bool:
+        """Tell whether an attachment is on file, readable or not."""
+        return self._path(container_id).exists()
 
     def find(self, container_id: str) -> JournalEntry | None:
         """Return an attachment, or None where there is none or the file cannot be read."""
@@ -93,7 +99,7 @@ class Journal:
             NetworkFailed: it cannot be killed.
         """
         path = self._locks / self._checked(container_id)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = _open_lock(path)
         try:
             if not await _lock(handle, patience_s):
                 _kill_holders(path)
@@ -103,7 +109,7 @@ class Journal:
                         f"the processes that hold {path} open are its."
                     )
             yield handle
-            path.unlink(missing_ok=True)
+            _remove_lock(path)
         finally:
             os.close(handle)
 
@@ -115,6 +121,16 @@ class Journal:
         if not _ID.fullmatch(container_id):
             raise NetworkFailed(f"{container_id[:80]!r} is not a pod id.")
         return container_id
+
+
+@effect("cni.lock.open")
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+@effect("cni.lock.remove")
+def _remove_lock(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 async def _lock(handle: int, patience_s: float) -> bool:

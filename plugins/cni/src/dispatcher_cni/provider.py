@@ -185,7 +185,7 @@ class CniNetwork:
         attachment = AttachmentPlan.from_network_plan(plan)
         if find_namespace_inode(Path(plan.netns_path)) is None:
             raise NetworkFailed(f"There is no network namespace at {plan.netns_path} to attach.")
-        async with self._alone(attachment) as lock:
+        async with self._alone(attachment.container_id) as lock:
             result = await self._chain.add(attachment, lock)
             return await self._describe(attachment, result)
 
@@ -206,7 +206,7 @@ class CniNetwork:
     async def delete(self, plan: NetworkPlan, attachment: Attachment | None) -> None:
         """Detach. Without an attachment the journal's newest result serves, if a plugin got as far as one."""
         attached = AttachmentPlan.from_network_plan(plan)
-        async with self._alone(attached) as lock:
+        async with self._alone(attached.container_id) as lock:
             await self._delete(attached, attachment.result if attachment is not None else None, lock)
 
     async def _delete(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, lock: int) -> None:
@@ -217,11 +217,11 @@ class CniNetwork:
         self._journal.remove(plan.container_id)
 
     @contextlib.asynccontextmanager
-    async def _alone(self, plan: AttachmentPlan) -> AsyncIterator[int]:
+    async def _alone(self, container_id: str) -> AsyncIterator[int]:
         """Be the only one at work on this attachment, in this process and among plugins of a former daemon."""
         async with (
-            self._gate.shared(plan.container_id),
-            self._journal.hold(plan.container_id, patience_s=self._config.stray_patience_s) as lock,
+            self._gate.shared(container_id),
+            self._journal.hold(container_id, patience_s=self._config.stray_patience_s) as lock,
         ):
             yield lock
 
@@ -231,17 +231,34 @@ class CniNetwork:
         valid = [AttachmentPlan.from_network_plan(plan) for plan in plans if plan.plugin == PROVIDER]
         kept = {plan.container_id for plan in valid}
         for container_id in self._journal.ids():
-            entry = self._journal.find(container_id)
-            if container_id in kept or entry is None:
+            if container_id in kept:
                 continue
             try:
-                async with self._alone(entry.plan) as lock:
-                    await self._delete(entry.plan, entry.result, lock)
-                _LOG.info("Detached pod %s, which is not on record any more.", container_id)
+                async with self._alone(container_id) as lock:
+                    if self._journal.holds(container_id):
+                        await self._delete_forgotten(container_id, lock)
+                        _LOG.info("Detached pod %s, which is not on record any more.", container_id)
             except (NetworkFailed, OSError) as error:
                 _LOG.warning("Pod %s, which is not on record any more, stays attached: %s", container_id, error)
         if self._config.collect_garbage:
             await self._collect(valid)
+
+    async def _delete_forgotten(self, container_id: str, lock: int) -> None:
+        entry = self._journal.find(container_id)
+        if entry is not None:
+            await self._delete(entry.plan, entry.result, lock)
+        elif self._network is not None:
+            # The machine died while the file was written. The id alone frees the addresses that outlived it.
+            plan = AttachmentPlan(
+                container_id=container_id,
+                interface=self._config.interface,
+                netns_path="",
+                network=self._network,
+                arguments=(("IgnoreUnknown", "1"),),
+                capabilities={},
+                bin_dirs=self._runner.bin_dirs,
+            )
+            await self._delete(plan, None, lock)
 
     async def _collect(self, valid: list[AttachmentPlan]) -> None:
         networks: dict[str, NetworkConfig] = {plan.network.name: plan.network for plan in valid}
