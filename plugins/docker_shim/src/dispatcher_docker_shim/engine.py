@@ -90,11 +90,11 @@ class EngineLink:
     async def probe(self) -> RuntimeHealth:
         """Ping, and judge what is known of the engine. Answers within the ping's deadline; never raises."""
         try:
-            await self.sockets.ping()
+            pong = await self.sockets.ping()
         except DispatcherError as error:
             return RuntimeHealth(ready=False, reason="EngineDown", message=error.message)
         traits = self.traits
-        if traits is None or not self.events.connected:
+        if traits is None or not self.events.connected or _identify(pong) != self._process:
             why = self.events.last_error or "the subscription to the engine's events is not open yet"
             return RuntimeHealth(ready=False, reason="EngineStarting", message=why)
         reason, message = _refusal(traits)
@@ -116,9 +116,8 @@ class EngineLink:
     async def _meet(self, pong: Pong) -> None:
         """Learn about the engine before events are taken from it."""
         self.client.revive(pong.api)
-        pid = host.engine_pid(pong.pid)
-        stat = host.read_stat(pid) if pid else None
-        process = (pid, stat.started if stat else 0)
+        process = _identify(pong)
+        pid = process[0]
         if self.traits is not None and pid and process == self._process:
             return
         self.traits = from_engine(
@@ -143,6 +142,13 @@ class EngineLink:
         except NotSupported as error:
             self._pause_problem = error.message
             self._services.notify("PauseMissing", error.message)
+
+
+def _identify(pong: Pong) -> tuple[int, int]:
+    """The engine's process: its pid and its start in clock ticks; zeros where it cannot be told."""
+    pid = host.engine_pid(pong.pid)
+    stat = host.read_stat(pid) if pid else None
+    return pid, stat.started if stat else 0
 
 
 def _refusal(traits: EngineTraits) -> tuple[str, str]:

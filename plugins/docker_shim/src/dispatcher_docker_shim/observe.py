@@ -17,6 +17,7 @@ from dispatcher_docker_shim.log_formats import parse_time
 ENGINE_RESTARTED = "EngineRestarted"
 START_ERROR = "StartError"
 _LOST_CODE = 255  # what the engine writes for a process that ended while nobody watched
+_KILLED_CODES = frozenset({128 + 9, 128 + 15})  # what the engine's own signals lead to
 _RESTORE_NS = 120 * 1_000_000_000  # an engine sorts out what it finds within this time after its own start
 _SHUTDOWN_NS = 60 * 1_000_000_000  # and stops its containers within this time before its end
 
@@ -61,7 +62,7 @@ def container_facts(found: Mapping[str, Any], age: EngineAge) -> ObservedContain
             reason=ENGINE_RESTARTED,
             message="the container ended while the Docker Engine was down; its exit code is not known",
         )
-    killed_by_engine = restarted and not age.live_restore and code != 0
+    killed_by_engine = restarted and not age.live_restore and code in _KILLED_CODES
     oom = bool(state.get("OOMKilled")) and code != 0
     return ObservedContainer(
         id=object_id,
@@ -96,6 +97,8 @@ def pod_facts(found: Mapping[str, Any], age: EngineAge) -> ObservedPod:
             message=f"the Docker Engine restarted and the pod's first process ended{advice}",
         )
     message = str(state.get("Error") or "") or f"the pod's first process ended with code {state.get('ExitCode')}"
+    if state.get("ExitCode") == 0:
+        message = "the pod's first process was asked to end, by an engine that shuts down or by hand"
     return ObservedPod(id=object_id, liveness=Liveness.EXITED, reason="PauseExited", message=message)
 
 
