@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -47,6 +48,7 @@ async def open_store(tmp_path: Path) -> AsyncIterator[Open]:
         provider = make_provider(folder, **section)
         await provider.start(leases)
         opened.append(provider)
+        await settle(provider)
         return provider
 
     yield open_
@@ -85,6 +87,11 @@ def registries() -> Iterator[Callable[..., Registry]]:
     yield make
     for registry in made.values():
         registry.close()
+
+
+async def settle(store: OciImages) -> None:
+    """Wait for what the store does in the background after its start, or on a release."""
+    await asyncio.gather(*(task for task in store._tasks if "forget_for_ever" not in repr(task.get_coro())))
 
 
 def files(provider: OciImages) -> list[str]:

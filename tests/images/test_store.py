@@ -18,7 +18,7 @@ from dispatcher.errors import InvalidRequest, NotFound, RuntimeDown
 from dispatcher.model import FilesystemUsage, GroupsPolicy, ImageId
 from dispatcher.model import Image as StoredImage
 from dispatcher_images.provider import OciImages
-from tests.images.conftest import Open, files
+from tests.images.conftest import Open, files, settle
 from tests.images.odd_registry import OddRegistry
 from tests.lab.images import Image, Layer, Tree
 
@@ -190,12 +190,6 @@ async def test_leases_come_from_the_core_at_start(odd: OddRegistry, open_store: 
     assert store.get(leased.id).id == leased.id
     store = await open_store()  # the container is gone, and so is the lease
     assert files(store) == []
-
-
-async def settle(store: OciImages) -> None:
-    """Wait for what the store does in the background on release."""
-    background = [task for task in store._tasks if "forget_for_ever" not in repr(task.get_coro())]
-    await asyncio.gather(*background)
 
 
 # --------------------------------------------------------------------------------------------------------------- disk

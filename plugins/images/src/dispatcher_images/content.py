@@ -1,7 +1,8 @@
 """Files of the store: blobs by digest, blobs that are arriving, trees, erofs files, layouts. All effects on disk.
 
 Blocking: call it in a thread. The invariant: a file under its final name is whole, verified and durable; all else lies
-in `arriving/` or `tmp/`, which `sweep` empties at start. Whatever is killed at any point leaves nothing else behind.
+in `arriving/`, `tmp/` or `garbage/`, which the next start empties. Whatever is killed at any point leaves nothing else.
+What may be large goes in two steps: renamed into `garbage/` at once, removed by `empty_garbage` when there is time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -32,22 +34,32 @@ class Content:
         self._trees = root / "trees"
         self._erofs = root / "erofs"
         self._layouts = root / "layouts"
-        self._folders = (self._blobs, self._arriving, self._tmp, self._trees, self._erofs, self._layouts)
+        self._garbage = root / "garbage"
+        self._emptying = threading.Lock()
+        self._unfinished = (self._arriving, self._tmp)
+        self._folders = (self._blobs, self._trees, self._erofs, self._layouts, self._garbage, *self._unfinished)
 
     def prepare(self) -> None:
-        """Make the folders and remove everything unfinished. Nobody else uses the store now."""
-        for folder in self._folders:
+        """Make the folders and put everything unfinished aside. Nobody else uses the store now."""
+        for folder in (self.root, *self._folders):
             _make_folder(folder)
-        if not (self.root / "oci-layout").exists():
-            write_durably(self.root / "oci-layout", _LAYOUT)
-        for folder in (self._arriving, self._tmp):
-            for left in folder.iterdir():
+        mark = self.root / "oci-layout"
+        if not mark.exists() or not mark.stat().st_size:
+            write_durably(mark, _LAYOUT)
+        for folder in self._unfinished:
+            for left in [*folder.iterdir()]:
+                self.discard(left)
+
+    def empty_garbage(self) -> None:
+        """Remove what was put aside. May take long; calls at once wait for each other."""
+        with self._emptying:
+            for left in [*self._garbage.iterdir()]:
                 remove(left)
 
     def sweep(
         self, *, blobs: Collection[str], trees: Collection[str], erofs: Collection[str], layouts: Collection[str]
     ) -> int:
-        """Remove every file that the index does not know; returns how many. Called at start, after `prepare`."""
+        """Put aside every file that the index does not know; returns how many. Called at start, after `prepare`."""
         wanted = (
             (self._blobs, {_hex(item) for item in blobs}),
             (self._trees, {_hex(item) for item in trees}),
@@ -56,9 +68,9 @@ class Content:
         )
         removed = 0
         for folder, names in wanted:
-            for file in folder.iterdir():
+            for file in [*folder.iterdir()]:
                 if file.name not in names:
-                    remove(file)
+                    self.discard(file)
                     removed += 1
         return removed
 
@@ -130,11 +142,9 @@ class Content:
         rename_durably(made, final)
 
     def discard(self, path: Path) -> None:
-        """Remove a tree or file in one visible step: renamed away first, so that nobody meets half of it."""
-        if path.exists():
-            gone = self._tmp / secrets.token_hex(8)
-            rename_durably(path, gone)
-            remove(gone)
+        """Put a tree or file aside, if it is there; `empty_garbage` removes it."""
+        if os.path.lexists(path):
+            rename_durably(path, self._garbage / secrets.token_hex(8))
 
     def make_layout(self, image_id: str, index: bytes, digests: Collection[str]) -> Path:
         """Make an OCI layout folder of hard links to blobs, once."""

@@ -16,7 +16,7 @@ from dispatcher.model import ImageConfig
 from dispatcher_images.reference import is_digest
 
 MAX_MANIFEST_BYTES = 4 << 20
-MAX_CONFIG_BYTES = 8 << 20
+MAX_CONFIG_BYTES = 4 << 20
 MAX_LAYERS = 127  # what overlay file systems of engines can stack
 MAX_INDEX_ENTRIES = 1024
 

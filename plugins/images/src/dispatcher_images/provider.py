@@ -22,6 +22,7 @@ from dispatcher_images.pull import Puller, PullProgress
 from dispatcher_images.registry_client import RegistryClient
 from dispatcher_images.rootfs import resolve_in_root
 from dispatcher_images.store import ImageStore
+from dispatcher_images.uninterrupted import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class OciImages:
         """Open the store and sweep what a crash left."""
         await self._store.open(leases)
         self._spawn(self._forget_for_ever())
+        self._spawn(in_thread(self._store.content.empty_garbage))
 
     async def aclose(self) -> None:
         """Stop pulls and workers, then close the store."""

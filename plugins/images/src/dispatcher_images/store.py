@@ -327,6 +327,7 @@ class ImageStore:
         """Free what a hidden image takes, unless somebody needs it."""
         if await finish(self._reclaim(image_id)):
             self.on_gone(image_id)
+            await in_thread(self.content.empty_garbage)
 
     async def _reclaim(self, image_id: ImageId) -> bool:
         async with self.changing:
