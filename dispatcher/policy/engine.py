@@ -44,6 +44,7 @@ audit = logging.getLogger("dispatcher.policy.audit")
 
 SETTING = "policy"
 _RETRY_S = 5.0
+_DEBOUNCE_MS, _STEP_MS, _LOOK_MS = 400, 100, 1000
 
 
 class Settings(Protocol):
@@ -172,7 +173,7 @@ class PolicyEngine:
         self._now_ns = now_ns
         self._policy: Policy | None = None
         self._status = PolicyStatus(file=str(path))
-        self._last_read: bytes | None = None
+        self._last_read: bytes | str | None = None
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -205,11 +206,11 @@ class PolicyEngine:
         """Read the file now, and take it if it passes. Concurrent calls wait for each other."""
         async with self._reloading:
             text = self._read()
-            if text is not None and text == self._last_read:
+            if text == self._last_read:
                 return self._status
             self._last_read = text
-            loaded = self._try(text) if text is not None else None
-            if loaded is not None and text is not None:
+            loaded = self._try(text)
+            if loaded is not None and isinstance(text, bytes):
                 self._take(loaded, "file")
                 await self._remember(text, loaded)
             self._observer.policy_reloaded(ok=loaded is not None, generation=self._status.generation)
@@ -332,15 +333,18 @@ class PolicyEngine:
             raise PolicyRefused(f"No policy is in effect. {self._status.message}")
         return self._policy
 
-    def _read(self) -> bytes | None:
+    def _read(self) -> bytes | str:
+        """Return the file's contents, or why it cannot be read."""
         try:
             with self._path.open("rb") as file:
                 return file.read(MAX_BYTES + 1)
         except OSError as error:
-            self._fail([Problem(str(self._path), 1, 1, f"the policy file cannot be read: {error.strerror}")])
-            return None
+            return error.strerror or type(error).__name__
 
-    def _try(self, text: bytes) -> Loaded | None:
+    def _try(self, text: bytes | str) -> Loaded | None:
+        if isinstance(text, str):
+            self._fail([Problem(str(self._path), 1, 1, f"the policy file cannot be read: {text}")])
+            return None
         try:
             return load_policy(text, str(self._path), self._known_runtimes(), plugins=self._hook_plugins)
         except YamlError as error:
@@ -425,11 +429,14 @@ class PolicyEngine:
                 self._wake.set()
                 continue
             try:
+                # The look at every timeout finds what changed before the watch began, and what gives no event.
                 async for _changes in awatch(
                     *present,
                     stop_event=self._stop,
-                    debounce=50,
-                    step=20,
+                    debounce=_DEBOUNCE_MS,
+                    step=_STEP_MS,
+                    rust_timeout=_LOOK_MS,
+                    yield_on_timeout=True,
                     recursive=False,
                     watch_filter=None,
                 ):

@@ -137,8 +137,13 @@ def _capability(name: str) -> str:
 
 
 def _paths(paths: Iterable[str], resolve: Callable[[str], str]) -> tuple[HostPath, ...]:
-    found = [HostPath(form) for path in paths for form in (posixpath.normpath(path), resolve(path))]
+    found = [tidy_path(form) for path in paths for form in (path, resolve(path))]
     return tuple(dict.fromkeys(found))
+
+
+def tidy_path(path: str) -> HostPath:
+    """Normalise a path. normpath alone keeps two slashes at the beginning, and //etc would be no /etc."""
+    return HostPath(posixpath.normpath("/" + path.lstrip("/")))
 
 
 def normal_image(reference: str) -> str:

@@ -65,6 +65,12 @@ def _target(value: Any) -> Any:
     return {"runtime": value} if isinstance(value, str) else value
 
 
+def _option(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, str) and len(value) > 256):
+        raise ValueError("an option is true, false, a number or a text of up to 256 characters")
+    return value
+
+
 def _milli_cpus(value: Any) -> Any:
     return milli_cpus(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else value
 
@@ -81,7 +87,8 @@ Handler = Annotated[str, AfterValidator(_handler)]
 Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 Sentence = Annotated[str, Field(min_length=1, max_length=500)]
 Level = Annotated[Isolation, BeforeValidator(_isolation, json_schema_input_type=IsolationWord)]
-OptionValue = bool | int | float | Annotated[str, Field(max_length=256)]
+OptionWord = bool | int | float | str
+OptionValue = Annotated[OptionWord, BeforeValidator(_option, json_schema_input_type=OptionWord)]
 Quantity = str | int | float
 MilliCpus = Annotated[int, BeforeValidator(_milli_cpus, json_schema_input_type=Quantity)]
 Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=Quantity)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import replace
 
 from dispatcher.model import Vote
 from dispatcher.policy.decision import Policy, Verdict, check_container, decide
-from dispatcher.policy.facts import ContainerFacts, HostPath, PodFacts, normal_image
+from dispatcher.policy.facts import ContainerFacts, PodFacts, normal_image, tidy_path
 from dispatcher.policy.schema import TestCase, TestContainer, TestPod
 
 
@@ -51,8 +50,8 @@ def container_facts(container: TestContainer, runtime: str) -> ContainerFacts:
         images=(normal_image(container.image),),
         privileged=container.privileged,
         capabilities=("ALL",) if container.privileged else capabilities,
-        devices=tuple(container.devices),
-        host_mounts=tuple(HostPath(posixpath.normpath(path)) for path in container.host_mounts),
+        devices=tuple(tidy_path(name) if name.startswith("/") else name for name in container.devices),
+        host_mounts=tuple(tidy_path(path) for path in container.host_mounts),
         seccomp_unconfined=container.seccomp_unconfined or container.privileged,
         runtime=runtime,
     )
