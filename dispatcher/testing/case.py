@@ -9,9 +9,12 @@ from typing import Any, Protocol
 from dispatcher.api import ContainerRef, PodRef, Runtime
 from dispatcher.model import (
     ContainerMetadata,
+    ContainerSecurity,
     ContainerSpec,
     ImageConfig,
     ImageId,
+    NamespaceMode,
+    NamespaceOptions,
     PodMetadata,
     PodSpec,
     make_container_id,
@@ -56,8 +59,9 @@ def pod_spec(name: str = "contract", **fields: Any) -> PodSpec:
 
 
 def container_spec(*command: str, name: str = "main", **fields: Any) -> ContainerSpec:
-    """Return a container that runs a command."""
+    """Return a container that runs a command, with a PID namespace of its own, as the kubelet asks for by default."""
     metadata = ContainerMetadata(name=name)
+    fields.setdefault("security", ContainerSecurity(namespaces=NamespaceOptions(pid=NamespaceMode.CONTAINER)))
     return ContainerSpec(metadata=metadata, image_ref="busybox", command=command, **fields)
 
 
