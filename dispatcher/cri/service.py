@@ -33,6 +33,7 @@ from dispatcher.cri.handlers import (
 )
 from dispatcher.cri.lists import Lists
 from dispatcher.cri.status_codes import code_for, text_for
+from dispatcher.cri.statuses import Statuses
 from dispatcher.deps import Deps
 from dispatcher.effects import effect
 from dispatcher.errors import DispatcherError
@@ -75,7 +76,7 @@ UNIMPLEMENTED = frozenset(
 )
 
 
-def handlers(lists: Lists) -> dict[str, Handler]:
+def handlers(lists: Lists, statuses: Statuses) -> dict[str, Handler]:
     """The table of all served RPCs."""
     return {
         "Version": node.version,
@@ -85,7 +86,7 @@ def handlers(lists: Lists) -> dict[str, Handler]:
         "RunPodSandbox": pod_run.handle,
         "StopPodSandbox": pod_end.stop,
         "RemovePodSandbox": pod_end.remove,
-        "PodSandboxStatus": pod_read.status,
+        "PodSandboxStatus": statuses.pod,
         "ListPodSandbox": lists.pods,
         "UpdatePodSandboxResources": pod_read.update_resources,
         "CreateContainer": container_create.handle,
@@ -93,7 +94,7 @@ def handlers(lists: Lists) -> dict[str, Handler]:
         "StopContainer": container_run.stop,
         "RemoveContainer": container_run.remove,
         "ListContainers": lists.containers,
-        "ContainerStatus": container_run.status,
+        "ContainerStatus": statuses.container,
         "UpdateContainerResources": container_run.update_resources,
         "ReopenContainerLog": container_run.reopen_log,
         "ExecSync": exec_sync.handle,
@@ -147,7 +148,7 @@ async def _refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) ->
 
 def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of both CRI services from the descriptor and the table."""
-    table = handlers(Lists(deps))
+    table = handlers(Lists(deps), Statuses(deps))
     result = []
     for service in pb.DESCRIPTOR.services_by_name.values():
         methods = {}

@@ -13,12 +13,11 @@ from dispatcher.cri.service import UNIMPLEMENTED, handlers
 from dispatcher.cri.status_codes import CODES, code_for, text_for
 
 
-class _NoLists:
-    pods = None
-    containers = None
+class _Nothing:
+    pods = containers = pod = container = None
 
 
-SERVED = set(handlers(_NoLists()))  # type: ignore[arg-type]
+SERVED = set(handlers(_Nothing(), _Nothing()))  # type: ignore[arg-type]
 ALL = {method.name for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}
 
 
