@@ -172,7 +172,7 @@ class Program:
                     await self.write(stream, data)
             case "read":
                 await self._until(self.stdin.read_line())
-            case "nc":  # nc -lk -p PORT -e cat: an echo server for as long as it runs
+            case "nc":  # nc -ll -p PORT -e cat: an echo server for as long as it runs
                 self.listen(int(arguments[arguments.index("-p") + 1]))
                 await self._until(asyncio.sleep(_FOREVER_S))
             case "trap":

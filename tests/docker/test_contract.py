@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-pytest.register_assert_rewrite("dispatcher.testing.contract")
-
 from dispatcher.api import ContainerRef, PodRef, Runtime, ensure_namespace, remove_namespace
 from dispatcher.model import Attachment, ContainerSpec, PodSpec, make_pod_id
-from dispatcher.testing.contract import *
+from dispatcher.testing.contract import *  # noqa: F403
 from dispatcher_docker_shim.naming import NODE_LABEL
 from tests.docker.kit import World
 
-pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="session")]  # type: ignore[assignment]
 
 
 class DockerCase:
@@ -34,6 +33,13 @@ class DockerCase:
 
     async def restart(self) -> None:
         await self._world.restart_runtime()
+        await self.silence()
+
+    async def silence(self) -> None:
+        """End the world's own watcher: a runtime has one, and the contract's tests are it."""
+        if self._world._watcher is not None:
+            self._world._watcher.cancel()
+            await asyncio.wait({self._world._watcher})
 
     async def make_pod(self, spec: PodSpec) -> PodRef:
         pod_id = make_pod_id()
@@ -64,4 +70,13 @@ class DockerCase:
 @pytest_asyncio.fixture(loop_scope="session")
 async def case(world: World, busybox: str) -> AsyncIterator[DockerCase]:
     """The Docker runtime."""
-    yield DockerCase(world, busybox)
+    found = DockerCase(world, busybox)
+    await found.silence()
+    yield found
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="module", autouse=True)
+async def _listen_again(world: World) -> AsyncIterator[None]:
+    """Give the world its watcher back."""
+    yield
+    await world.restart_runtime()

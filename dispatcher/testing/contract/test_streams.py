@@ -207,7 +207,7 @@ async def test_connect_is_a_stream_to_a_port_of_the_pod(case: RuntimeCase) -> No
     """Bytes go to localhost of the pod and come back; several connections do not mix."""
     runtime = ability(case, CanConnect)
     async with new_pod(case) as pod:
-        await start_ready(case, pod, script("echo up; nc -lk -p 8080 -e cat"))
+        await start_ready(case, pod, script("echo up; nc -ll -p 8080 -e cat"))
         connections: list[Process] = []
         async with asyncio.timeout(case.deadline_s):
             while len(connections) < 2:

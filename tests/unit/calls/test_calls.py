@@ -234,7 +234,7 @@ async def test_a_pull_stops_when_its_last_waiter_leaves(calls: Calls, work: Work
 
 async def test_a_new_pull_waits_until_the_stopped_one_has_cleaned_up(calls: Calls, work: Work) -> None:
     cleaning = asyncio.Event()
-    cleaned = []
+    cleaned: list[bool] = []
 
     async def make() -> str:
         work.started += 1

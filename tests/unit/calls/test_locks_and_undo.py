@@ -79,7 +79,7 @@ async def test_a_block_that_keeps_undoes_nothing() -> None:
 
 async def test_a_failing_block_undoes_in_reverse_and_fails() -> None:
     steps = Steps()
-    with pytest.raises(ValueError, match="the reason"):
+    with pytest.raises(ValueError, match="the reason"):  # noqa: PT012 - the block is the matter
         async with Undo() as undo:
             undo.push(steps.step, "a")
             undo.push(steps.plain, "b")
@@ -98,7 +98,7 @@ async def test_leaving_without_keep_undoes_too() -> None:
 
 async def test_a_step_that_fails_or_hangs_does_not_stop_the_rest() -> None:
     steps = Steps()
-    with pytest.raises(ValueError, match="the reason"):
+    with pytest.raises(ValueError, match="the reason"):  # noqa: PT012 - the block is the matter
         async with Undo(step_timeout_s=0.02) as undo:
             undo.push(steps.step, "first")
             undo.push(steps.fail, "fails")

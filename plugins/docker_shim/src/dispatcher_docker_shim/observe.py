@@ -57,7 +57,7 @@ def container_facts(found: Mapping[str, Any], age: EngineAge) -> ObservedContain
             id=object_id,
             liveness=Liveness.EXITED,
             started_at_ns=started,
-            finished_at_ns=finished,
+            finished_at_ns=max(finished, started),
             exit_code=None,
             reason=ENGINE_RESTARTED,
             message="the container ended while the Docker Engine was down; its exit code is not known",
@@ -68,7 +68,7 @@ def container_facts(found: Mapping[str, Any], age: EngineAge) -> ObservedContain
         id=object_id,
         liveness=Liveness.EXITED,
         started_at_ns=started,
-        finished_at_ns=finished or started,
+        finished_at_ns=max(finished, started),  # the engine notes a start when it hears of it, which may be later
         exit_code=code,
         oom_killed=oom,
         reason=ENGINE_RESTARTED if killed_by_engine and not oom else "",
