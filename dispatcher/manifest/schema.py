@@ -59,6 +59,12 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _disk(medium: str) -> str:
+    if medium:
+        raise ValueError('only "" (the disk) can be had here: nothing mounts a memory file system for a client')
+    return medium
+
+
 def _env_name(text: str) -> str:
     if not text or "=" in text or not text.isprintable() or not text.isascii():
         raise ValueError(f"{text[:80]!r} is no name of an environment variable")
@@ -337,7 +343,7 @@ class Container(_Model):
 class EmptyDir(_Model):
     """An empty folder that lives as long as the pod."""
 
-    medium: Literal[""] = ""
+    medium: Annotated[str, AfterValidator(_disk)] = ""
     size_limit: Bytes | None = None
 
 
