@@ -44,6 +44,7 @@ class World:
     root: Path
     settings: dict[str, Any] = field(default_factory=dict)
     notices: list[tuple[str, str]] = field(default_factory=list)
+    steps: list[Mapping[str, str]] = field(default_factory=list)
 
     @property
     def conf_dir(self) -> Path:
@@ -97,6 +98,7 @@ class World:
             node_uuid="test",
             now_ns=lambda: 0,
             notify=lambda reason, message: self.notices.append((reason, message)),
+            observe=lambda what, _value, labels: self.steps.append({"what": what, **labels}),
         )
         return CniNetwork(CniConfig.from_section({**settings, **self.settings}), services)
 

@@ -14,7 +14,7 @@ from dispatcher.api import run_in_namespace
 from dispatcher.errors import InvalidRequest, PolicyRefused
 from dispatcher.model import PodId, PortMapping, Protocol
 from dispatcher.netns import ensure_namespace, remove_namespace
-from dispatcher_cni.capabilities import IPS, MAC
+from dispatcher_cni.capabilities import EGRESS_BANDWIDTH, IPS, MAC
 from tests.cni.net import (
     BRIDGE,
     FIREWALL,
@@ -211,6 +211,18 @@ async def test_check_tells_what_is_wrong_and_asks_every_plugin(world: World) -> 
         assert "bridge failed at CHECK" in complaints[0]
         assert "firewall failed at CHECK" in complaints[1]
         await detach_pod(network, pod)
+
+
+@own_host
+async def test_bandwidth_annotation_shapes_the_pod(world: World) -> None:
+    """Kubernetes' own annotation reaches the bandwidth plugin, without any permission."""
+    require_plugins("bandwidth")
+    world.configure(BRIDGE, {"type": "bandwidth", "capabilities": {"bandwidth": True}})
+    async with world.network() as network:
+        pod = await attach_pod(world, network, make_spec(annotations={EGRESS_BANDWIDTH: "8M"}))
+        assert "rate 8Mbit" in run("tc qdisc show")
+        await detach_pod(network, pod)
+        assert "rate 8Mbit" not in run("tc qdisc show")
 
 
 @own_host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -172,7 +173,9 @@ async def test_clean_up_at_start_frees_only_what_is_not_on_record(world: World) 
     async with world.network() as network:
         kept, lost = await attach_pod(world, network), await attach_pod(world, network, PUBLISHED)
     async with world.network() as network:
+        newcomer = await attach_pod(world, network)
         await network.gc((kept.plan,))
+        await detach_pod(network, newcomer)
         assert set(world.leases().values()) == {kept.id}
         assert kept.attachment is not None
         assert await network.check(kept.plan, kept.attachment) == ()
@@ -193,3 +196,24 @@ async def test_address_of_a_pod_whose_file_is_damaged_is_freed(world: World) -> 
         await network.gc(())
     assert world.leases() == {}
     assert list((world.state_dir / "attachments").iterdir()) == []
+
+
+@pytest.mark.soak
+@own_host
+async def test_killed_at_random_moments_the_next_daemon_leaves_nothing(world: World) -> None:
+    """Not at failpoints but at any moment, with plugins at work: they go on while the next daemon takes over."""
+    rounds, seed = int(os.environ.get("CNI_SOAK_ROUNDS", "100")), int(os.environ.get("CNI_SOAK_SEED", "7"))
+    chance = random.Random(seed)
+    await warm_up(world)
+    folders = (world.netns_dir, world.state_dir, world.root / "run", LEASES)
+    before = take_census(*folders)
+    outcomes: Counter[str] = Counter()
+    for number in range(rounds):
+        child = start_child(world, make_pod_id())
+        await eventually((world.root / "record").exists, what="it begins", timeout_s=20)
+        await asyncio.sleep(chance.random() * 1.2)  # the moment is the input of this test
+        child.kill()
+        outcomes["killed" if child.wait() == -9 else "had ended"] += 1
+        await take_over(world, with_record=chance.random() < 0.5)
+        assert take_census(*folders) == before, f"round {number} of seed {seed}"
+    print(dict(outcomes))

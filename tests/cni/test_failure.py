@@ -60,6 +60,8 @@ async def test_failing_plugin_is_named_and_what_ran_before_it_is_undone(world: W
         pod = await plan_pod(world, network, PUBLISHED)
         with pytest.raises(NetworkFailed, match="plugin broken failed at ADD: no luck; today"):
             await network.add(pod.plan)
+        steps = [(step["plugin"], step["outcome"]) for step in world.steps if step["command"] == "ADD"]
+        assert steps[-2:] == [("bridge", "ok"), ("broken", "failed")]
         assert len(world.leases()) == 2
         await detach_pod(network, pod)
     assert take_census(world.netns_dir, LEASES) == before

@@ -3,7 +3,7 @@
 Order. Folders as configured; within one, files by name (bytewise, as libcni sorts), whatever their ending. The first
 file that can be used is the network; those before it that cannot are reported, not passed over in silence.
 
-Looking is a listing and a `stat` per file (20 µs for a usual folder), so it is done at every plan and every few
+Looking is a listing and a `stat` per file (tens of microseconds), so it is done at every plan and every few
 seconds: no watcher, no thread, and nothing to miss on file systems without notifications.
 """
 

@@ -42,7 +42,7 @@ class CniNetwork:
     def __init__(self, config: CniConfig, services: Services) -> None:
         self._config = config
         self._catalogue = Catalogue(config.conf_dirs)
-        self._runner = PluginRunner(config)
+        self._runner = PluginRunner(config, services.observe)
         self._journal = Journal(folder=services.state_dir / "attachments", lock_folder=services.run_dir / "locks")
         self._chain = Chain(self._runner, self._journal, skip_missing_on_delete=config.skip_missing_plugins_on_delete)
         self._notify = services.notify
@@ -51,6 +51,7 @@ class CniNetwork:
         self._network: NetworkConfig | None = None
         self._status = NOT_LOOKED
         self._gate = Gate()
+        self._attached_here: dict[str, AttachmentPlan] = {}  # by this process, and so not garbage whatever a list says
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -186,6 +187,7 @@ class CniNetwork:
         if find_namespace_inode(Path(plan.netns_path)) is None:
             raise NetworkFailed(f"There is no network namespace at {plan.netns_path} to attach.")
         async with self._alone(attachment.container_id) as lock:
+            self._attached_here[attachment.container_id] = attachment
             result = await self._chain.add(attachment, lock)
             return await self._describe(attachment, result)
 
@@ -215,6 +217,7 @@ class CniNetwork:
             result = entry.result
         await self._chain.delete(plan, result or None, lock, was_attached=entry is not None)
         self._journal.remove(plan.container_id)
+        self._attached_here.pop(plan.container_id, None)
 
     @contextlib.asynccontextmanager
     async def _alone(self, container_id: str) -> AsyncIterator[int]:
@@ -229,9 +232,9 @@ class CniNetwork:
     async def gc(self, plans: tuple[NetworkPlan, ...]) -> None:
         """Free what belongs to no plan: DEL for attachments on file without one, then GC where plugins have it."""
         valid = [AttachmentPlan.from_network_plan(plan) for plan in plans if plan.plugin == PROVIDER]
-        kept = {plan.container_id for plan in valid}
+        on_record = {plan.container_id for plan in valid}
         for container_id in self._journal.ids():
-            if container_id in kept:
+            if container_id in on_record or container_id in self._attached_here:
                 continue
             try:
                 async with self._alone(container_id) as lock:
@@ -241,7 +244,7 @@ class CniNetwork:
             except (NetworkFailed, OSError) as error:
                 _LOG.warning("Pod %s, which is not on record any more, stays attached: %s", container_id, error)
         if self._config.collect_garbage:
-            await self._collect(valid)
+            await self._collect([*valid, *self._attached_here.values()])
 
     async def _delete_forgotten(self, container_id: str, lock: int) -> None:
         entry = self._journal.find(container_id)
@@ -266,6 +269,6 @@ class CniNetwork:
             networks[self._network.name] = self._network
         async with self._gate.exclusive():
             for name, network in networks.items():
-                pairs = [(plan.container_id, plan.interface) for plan in valid if plan.network.name == name]
+                pairs = sorted({(plan.container_id, plan.interface) for plan in valid if plan.network.name == name})
                 for complaint in await self._chain.collect_garbage(network, pairs):
                     _LOG.warning("%s", complaint)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dispatcher.api import Observe
 from dispatcher_cni.config import CniConfig
 from dispatcher_cni.errors import PluginFailed, PluginMissing
 from dispatcher_cni.exec import PluginHung, PluginOutput, PluginOverflow, run_plugin
@@ -18,10 +20,11 @@ _Stamp = tuple[int, int, int]
 
 
 class PluginRunner:
-    """Runs plugins with the settings of this node. Remembers which versions an executable speaks."""
+    """Runs plugins with the settings of this node, and measures them. Remembers which versions an executable speaks."""
 
-    def __init__(self, config: CniConfig) -> None:
+    def __init__(self, config: CniConfig, observe: Observe) -> None:
         self._config = config
+        self._observe = observe
         self._bin_dirs = tuple(str(folder) for folder in config.bin_dirs)
         self._versions: dict[Path, tuple[_Stamp, tuple[str, ...]]] = {}
 
@@ -75,10 +78,13 @@ class PluginRunner:
         self, command: str, path: Path, stdin: bytes, environment: dict[str, str], *, inherited_fd: int | None = None
     ) -> PluginOutput:
         timeout_s = self._config.plugin_timeout_s
+        began, outcome = time.monotonic(), "failed"
         try:
-            return await run_plugin(
+            output = await run_plugin(
                 path, stdin=stdin, environment=environment, timeout_s=timeout_s, inherited_fd=inherited_fd
             )
+            outcome = "ok" if output.exit_code == 0 else "failed"
+            return output
         except PluginHung as error:
             text = f"it did not end within {timeout_s:g} s and was killed with its children"
             raise PluginFailed(path.name, command, PluginError(code=0, text=text)) from error
@@ -88,6 +94,9 @@ class PluginRunner:
         except OSError as error:
             text = f"{path} cannot be started ({error.strerror})"
             raise PluginFailed(path.name, command, PluginError(code=0, text=text)) from error
+        finally:
+            labels = {"plugin": path.name, "command": command, "outcome": outcome}
+            self._observe("cni.step", time.monotonic() - began, labels)
 
     async def versions(self, name: str, bin_dirs: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the specification versions that a plugin speaks, oldest first; asked once per executable file.
