@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+PREFIX ?= /opt/cri-dispatcher
 VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
@@ -18,7 +19,7 @@ FUZZ_SECONDS ?= 5
 FUZZ_LONG_SECONDS ?= 3600
 PYTEST_ARGS ?=
 
-.PHONY: help demo test soak fuzz bench lint types format host-demo host-test clean-host venv lock proto
+.PHONY: help demo test soak fuzz bench lint types format host-demo host-test clean-host venv install lock proto
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +67,11 @@ $(VENV)/.ready: requirements/dev.lock pyproject.toml $(wildcard plugins/*/pyproj
 	$(PIP) install --quiet --require-hashes -r requirements/dev.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation $(EDITABLE)
 	touch $@
+
+install:  ## Install the program and all plugins into PREFIX (/opt/cri-dispatcher), and nothing outside of it
+	test -x $(PREFIX)/bin/python || $(PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements/runtime.lock
+	$(PREFIX)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation . $(PLUGINS)
 
 lock:  ## Write requirements/*.lock anew from the declared dependencies (needs uv; UPGRADE=1 moves versions)
 	$(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
