@@ -104,6 +104,8 @@ class App:
                 on_call=self._metrics.provider_called,
                 observe=self._metrics.observe,
             )
+            for plugin, stage in registry.failures():
+                self._metrics.plugin_failed(plugin, stage)
             policy = self._make_policy(store, registry)
             await policy.start()
             stack.push_async_callback(policy.aclose)

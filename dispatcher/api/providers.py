@@ -255,8 +255,7 @@ class StreamingProvider(Protocol):
 
 Observe = Callable[[str, float, Mapping[str, str]], None]
 """Takes a measurement: `(what, value, labels)`. Known to the core's metrics, others are ignored: "cni.step" (seconds;
-plugin, command, outcome), "image.pull" (seconds; outcome), "image.bytes" (bytes fetched). `outcome` is "ok" or an
-error's class. Costs microseconds, never raises."""
+plugin, command, outcome: "ok" or "failed"), "image.bytes" (bytes of a pulled image). Costs microseconds, never raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

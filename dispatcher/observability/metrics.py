@@ -32,6 +32,8 @@ _FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 _SLOW: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 _LAG: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
+_FAULTS: Final = frozenset({"Internal", "bug"})  # what a plugin must never raise
+
 RecordCounts = Mapping[tuple[str, str], int]  # (kind, state) -> how many, such as ("pod", "ready"): 12
 
 
@@ -105,7 +107,7 @@ class Metrics:
         self._cni_total = self._counter("cni_steps", "CNI plugins run.", (*cni, "outcome"))
         self._pull_seconds = self._histogram("image_pull_duration_seconds", "Time of one image pull.", (), _SLOW)
         self._pulls = self._counter("image_pulls", "Image pulls that ended.", ("outcome",))
-        self._pull_bytes = self._counter("image_pull_bytes", "Bytes fetched from registries.", ())
+        self._pull_bytes = self._counter("image_pull_bytes", "Sizes of the images pulled, fetched or here already.", ())
         self._lag = self._histogram("loop_lag_seconds", "How late the event loop woke up.", (), _LAG)
         self._lag_alarms = self._counter("loop_lag_alarms", "Times at which the loop was late beyond the alarm.", ())
         self._reloads = self._counter("policy_reloads", "Attempts to load the policy file.", ("result",))
@@ -150,16 +152,21 @@ class Metrics:
             seconds: how long it took.
             error: what it raised, or None.
         """
-        labels = (kind, self._names(provider), method)
+        labels, outcome = (kind, self._names(provider), method), outcome_of(error)
         self._call_seconds.labels(*labels).observe(seconds)
-        self._call_total.labels(*labels, outcome_of(error)).inc()
+        self._call_total.labels(*labels, outcome).inc()
+        if kind == "images" and method == "pull":
+            self._pull_seconds.observe(seconds)
+            self._pulls.labels(outcome).inc()
+        if outcome in _FAULTS:
+            self.plugin_failed(provider, "call")
 
     def route_decided(self, *, rule: str, runtime: str, phase: str = "pod", outcome: str = "routed") -> None:
         """Note a decision: `phase` is "pod" or "container", `outcome` is "routed" or "refused"."""
         self._decisions.labels(self._rules(rule), self._names(runtime), phase, outcome).inc()
 
     def plugin_failed(self, plugin: str, stage: str) -> None:
-        """Note a failure: `stage` is "load", "register", "start", "hook", "watch" or "call"."""
+        """Note a failure: `stage` is "find", "load", "register", "configure", "start" or "call"."""
         self._plugin_failures.labels(self._names(plugin), stage).inc()
 
     def policy_reloaded(self, *, ok: bool, generation: int) -> None:
@@ -187,16 +194,13 @@ class Metrics:
     def observe(self, what: str, value: float, labels: Mapping[str, str]) -> None:
         """Take a measurement from a plugin (`Services.observe`). Names that are not known here are ignored.
 
-        Known: "cni.step" (seconds; plugin, command, outcome), "image.pull" (seconds; outcome), "image.bytes" (bytes).
+        Known: "cni.step" (seconds; plugin, command, outcome), "image.bytes" (bytes of a pulled image).
         """
         outcome = labels.get("outcome", "ok")
         if what == "cni.step":
             key = (self._cni_names(labels.get("plugin", "")), labels.get("command", "")[:8])
             self._cni_seconds.labels(*key).observe(value)
             self._cni_total.labels(*key, "ok" if outcome == "ok" else "failed").inc()
-        elif what == "image.pull":
-            self._pull_seconds.observe(value)
-            self._pulls.labels(self._names(outcome)).inc()
         elif what == "image.bytes" and value > 0:
             self._pull_bytes.inc(value)
 

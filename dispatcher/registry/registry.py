@@ -461,6 +461,10 @@ class Registry:
         ]
         return tuple(found)
 
+    def failures(self) -> tuple[tuple[str, str], ...]:
+        """Return (plugin, stage) of each plugin that failed, for metrics."""
+        return tuple((plugin.name, plugin.stage) for plugin in self._plugins.values() if plugin.failure)
+
     def report(self) -> list[PluginReport]:
         """Return what is known of each enabled plugin, for `dispatcher plugins`."""
         reports: list[PluginReport] = []

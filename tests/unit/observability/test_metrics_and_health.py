@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dispatcher.errors import NetworkFailed
+from dispatcher.errors import Internal, NetworkFailed, PullFailed
 from dispatcher.observability import Health, HealthServer, LoopProbe, Metrics, Notifier
 
 
@@ -39,7 +39,7 @@ def test_hostile_labels_do_not_grow_the_exposition() -> None:
         metrics.route_decided(rule=f"rule-{index}", runtime=f"rt-{index}")
         metrics.provider_called("runtime", f"p{index}\n", "create_pod", 0.1, NetworkFailed("x"))
         metrics.observe("cni.step", 0.1, {"plugin": f"c{index}", "command": "ADD", "outcome": f"o{index}"})
-        metrics.observe("image.pull", 0.1, {"outcome": f"o{index}"})
+        metrics.observe(f"unknown{index}", 0.1, {})
         metrics.plugin_failed(f"x{index}", "load")
     assert len(metrics.render().splitlines()) < 6000
     assert sample(
@@ -169,3 +169,16 @@ def test_without_a_service_manager_nothing_happens() -> None:
     assert not Notifier.from_environment({}).ready()
     assert not Notifier("/nowhere/notify").ready()
     assert Notifier.from_environment({"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}).watchdog_s == 0
+
+
+def test_pulls_and_faults_are_counted_from_calls() -> None:
+    metrics = Metrics("1")
+    metrics.provider_called("images", "oci", "pull", 0.5)
+    metrics.provider_called("images", "oci", "pull", 0.5, PullFailed("no", reason="RegistryUnavailable"))
+    metrics.provider_called("runtime", "docker", "create_pod", 0.5, Internal("a plugin's bug"))
+    metrics.observe("image.bytes", 100, {})
+    assert sample(metrics, "dispatcher_image_pulls_total", outcome="ok") == 1
+    assert sample(metrics, "dispatcher_image_pulls_total", outcome="PullFailed") == 1
+    assert sample(metrics, "dispatcher_image_pull_bytes_total") == 100
+    assert sample(metrics, "dispatcher_plugin_failures_total", plugin="docker", stage="call") == 1
+    assert sample(metrics, "dispatcher_plugin_failures_total", plugin="oci", stage="call") is None

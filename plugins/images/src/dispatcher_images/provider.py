@@ -46,11 +46,16 @@ class OciImages:
         self._store = ImageStore(content, Index(self._folder / "index.db"), config.pinned, config.platforms)
         self._client = RegistryClient(config)
         self._puller = Puller(config, self._store, self._client, self._workers)
+        self._puller.listeners.append(self._count)
         self._deriver = Deriver(config, self._store, self._workers)
         self._engines: list[EngineCopies] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._forgetting = asyncio.Event()
         self._store.on_gone = self._gone
+
+    def _count(self, progress: PullProgress) -> None:
+        if progress.stage == "complete":
+            self._services.observe("image.bytes", progress.total_bytes, {})
 
     @property
     def name(self) -> str:
