@@ -67,7 +67,7 @@ class Endpoint:
 
     def why_unreachable(self) -> str:
         """Return a sentence on why nobody can connect, "" where nothing speaks against it."""
-        if not os.path.exists(self.path):  # noqa: PTH110 - pathlib hides a PermissionError on some versions
+        if not os.path.exists(self.path):
             return f"{self.path} does not exist: the daemon is not running, or listens elsewhere"
         if not os.access(self.path, os.W_OK):
             return f"{self.path} is not open to this user: run the command as root"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from dispatcher.cri.statuses import Statuses
 from dispatcher.deps import Deps
 from dispatcher.effects import effect
 from dispatcher.errors import DispatcherError
+from dispatcher.observability.logformat import log_context, make_correlation_id
 
 log = logging.getLogger(__name__)
 
@@ -112,18 +112,25 @@ def _serialise(reply: Message | bytes) -> bytes:
     return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
 
-def _unary(name: str, handler: Handler, deps: Deps, observer: Observer) -> Callable[..., Awaitable[Message | bytes]]:
+_NAMED_IN_LOG = ("pod_sandbox_id", "container_id")
+
+
+def _unary(
+    name: str, handler: Handler, deps: Deps, observer: Observer, log_fields: tuple[str, ...] = ()
+) -> Callable[..., Awaitable[Message | bytes]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message | bytes:
         began = time.monotonic()
         code = grpc.StatusCode.OK
+        correlation_id = make_correlation_id()
+        named = {field: getattr(request, field)[:64] for field in log_fields}
         try:
-            return await handler(request, deps)
+            with log_context(correlation_id=correlation_id, rpc=name, **named):
+                return await handler(request, deps)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001 - the one place where every error ends
             code = code_for(error)
-            correlation_id = secrets.token_hex(8)
             _log_end(name, error, code, correlation_id)
             await context.abort(code, text_for(error, correlation_id))
         finally:
@@ -155,8 +162,9 @@ def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHand
         for method in service.methods:
             decode = GetMessageClass(method.input_type).FromString
             if method.name in table:
+                fields = tuple(name for name in _NAMED_IN_LOG if name in method.input_type.fields_by_name)
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                    _unary(method.name, table[method.name], deps, observer), decode, _serialise
+                    _unary(method.name, table[method.name], deps, observer, fields), decode, _serialise
                 )
             else:
                 make = (

@@ -16,6 +16,7 @@ from dispatcher.deps import Deps
 from dispatcher.errors import AlreadyExists, DispatcherError
 from dispatcher.model import Attachment, PodMetadata, PodRecord, PodSpec, make_pod_id
 from dispatcher.netns import NetSysctl, apply_sysctls, ensure_namespace, make_net_sysctls
+from dispatcher.observability.logformat import log_context
 from dispatcher.pod_files import write_pod_files
 from dispatcher.transitions import PodEvent, PodState
 
@@ -93,7 +94,12 @@ async def _make(spec: PodSpec, sysctls: tuple[NetSysctl, ...], mark: str, deps: 
         overhead=spec.overhead,
     )
 
-    async with deps.locks.hold(pod_id):
+    with log_context(pod_id=pod_id):
+        return await _record_and_act(record, sysctls, deps)
+
+
+async def _record_and_act(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) -> PodRecord:
+    async with deps.locks.hold(record.id):
         await deps.store.create_pod(record)
         try:
             return await _act(record, sysctls, deps)
