@@ -64,6 +64,14 @@ _ABILITIES: Mapping[type, str] = {
 }
 
 
+_NOUNS = {
+    "images": "an image provider",
+    "network": "a network provider",
+    "sizer": "a sizer",
+    "streaming": "a streaming provider",
+}
+
+
 class PluginReport(TypedDict):
     """One line of `dispatcher plugins`. `state` is "active", "idle" (nothing of it is chosen) or "failed"."""
 
@@ -199,13 +207,13 @@ class Registry:
             if entry is not None:
                 self._providers[kind] = entry
                 return
-            why = f"The {kind} provider {chosen[0][1]!r} failed: {chosen[0][0].failure}."
+            why = f"The plugin {chosen[0][0].name} has {_NOUNS[kind]} that failed: {chosen[0][0].failure}."
         elif wanted is not None:
             why = f"providers.{kind} names {wanted!r}, which no loaded plugin offers.{did_you_mean(wanted, names)}"
         elif names:
-            why = f"Several {kind} providers are loaded ({', '.join(names)}): choose one as providers.{kind}."
+            why = f"More than {_NOUNS[kind]} is loaded ({', '.join(names)}): choose one as providers.{kind}."
         else:
-            why = f"No loaded plugin offers a {kind} provider." + self._failures()
+            why = f"No loaded plugin offers {_NOUNS[kind]}." + self._failures()
         stand_in = {"images": AbsentImages, "network": AbsentNetwork, "streaming": AbsentStreaming}.get(kind)
         if stand_in is not None:
             self._absent[kind] = stand_in(why)

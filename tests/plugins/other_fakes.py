@@ -1,0 +1,5 @@
+"""A second plugin of fakes, so that a provider can be swapped for another one."""
+
+from dispatcher.testing import FakePlugin
+
+plugin = FakePlugin("other")
