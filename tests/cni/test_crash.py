@@ -93,6 +93,7 @@ async def test_killed_at_any_act_the_next_daemon_leaves_nothing(world: World, wh
         "cni.journal.write",
         "cni.lock.open",
         "cni.lock.remove",
+        "cni.lock.renew",
         "cni.restore_interface",
         "netns.ensure",
         "netns.remove",

@@ -16,7 +16,7 @@ from dispatcher.api import find_namespace_inode, remove_namespace
 from dispatcher.errors import NetworkFailed
 from dispatcher_cni.conflist import NetworkConfig, ipam_type
 from dispatcher_cni.errors import UNKNOWN_CONTAINER, PluginFailed, PluginMissing
-from dispatcher_cni.journal import Journal
+from dispatcher_cni.journal import Journal, PluginLock
 from dispatcher_cni.namespace import restore_interface
 from dispatcher_cni.plan import AttachmentPlan
 from dispatcher_cni.request import make_gc_input, make_input
@@ -42,7 +42,7 @@ class _DelCall:
     plugin: Mapping[str, Any]
     result: Mapping[str, Any] | None
     netns_path: str
-    lock: int
+    lock: PluginLock
     restored: bool
 
 
@@ -54,7 +54,7 @@ class Chain:
         self._journal = journal
         self._skip_missing = skip_missing_on_delete
 
-    async def add(self, plan: AttachmentPlan, lock: int) -> Mapping[str, Any]:
+    async def add(self, plan: AttachmentPlan, lock: PluginLock) -> Mapping[str, Any]:
         """Run ADD and return the last result. Each result is on file before the next plugin begins.
 
         Raises:
@@ -65,7 +65,7 @@ class Chain:
         for plugin in plan.network.plugins:
             name = plugin["type"]
             stdin = make_input(plan.network, plugin, capabilities=plan.capabilities, previous=result)
-            stdout = await self._runner.call("ADD", name, stdin=stdin, plan=plan, inherited_fd=lock)
+            stdout = await self._runner.call("ADD", name, stdin=stdin, plan=plan, inherited_fd=lock.for_next_plugin())
             try:
                 result = parse_success(stdout, cni_version=plan.network.cni_version)
             except ValueError as error:
@@ -95,7 +95,7 @@ class Chain:
         return tuple(complaints)
 
     async def delete(
-        self, plan: AttachmentPlan, result: Mapping[str, Any] | None, lock: int, *, was_attached: bool
+        self, plan: AttachmentPlan, result: Mapping[str, Any] | None, lock: PluginLock, *, was_attached: bool
     ) -> None:
         """Run DEL over the chain. Idempotent.
 
@@ -171,7 +171,9 @@ class Chain:
     async def _delete_by(self, name: str, call: _DelCall, previous: Mapping[str, Any] | None) -> None:
         plan = call.plan
         stdin = make_input(plan.network, call.plugin, capabilities=plan.capabilities, previous=previous)
-        await self._runner.call("DEL", name, stdin=stdin, plan=plan, netns_path=call.netns_path, inherited_fd=call.lock)
+        await self._runner.call(
+            "DEL", name, stdin=stdin, plan=plan, netns_path=call.netns_path, inherited_fd=call.lock.for_next_plugin()
+        )
 
     async def _restore(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, *, may_make: bool) -> bool:
         """See to it that DEL meets the namespace as ADD left it. Returns whether something had to be put back."""

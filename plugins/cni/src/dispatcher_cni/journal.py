@@ -6,7 +6,7 @@ names attachments whose record is lost, so that the clean-up at start-up finds t
 survive the death of the daemon, and after the death of the machine namespaces and rules are gone too, while a plan
 for the addresses is still in the record.
 
-A second file per pod is a lock that plugins inherit: while it is held although we do not, a plugin that a former
+A second file per pod is a lock that a plugin inherits: while it is held although we do not, a plugin that a former
 daemon started is still at work.
 """
 
@@ -89,8 +89,8 @@ class Journal:
         path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
-    async def hold(self, container_id: str, *, patience_s: float) -> AsyncIterator[int]:
-        """Hold the pod's lock; yields the descriptor that plugins inherit.
+    async def hold(self, container_id: str, *, patience_s: float) -> AsyncIterator[PluginLock]:
+        """Hold the pod's lock while plugins are run for it.
 
         A plugin of a former daemon is given `patience_s` to end (half of an interrupted DEL is worse than a wait),
         then it is killed.
@@ -99,19 +99,19 @@ class Journal:
             NetworkFailed: it cannot be killed.
         """
         path = self._locks / self._checked(container_id)
-        handle = _open_lock(path)
+        lock = PluginLock(path)
         try:
-            if not await _lock(handle, patience_s):
+            if not await lock.take(patience_s):
                 _kill_holders(path)
-                if not await _lock(handle, patience_s):
+                if not await lock.take(patience_s):
                     raise NetworkFailed(
                         f"A network plugin that an earlier daemon started for pod {container_id} does not end; "
                         f"the processes that hold {path} open are its."
                     )
-            yield handle
+            yield lock
             _remove_lock(path)
         finally:
-            os.close(handle)
+            lock.close()
 
     def _path(self, container_id: str) -> Path:
         return self._folder / f"{self._checked(container_id)}.json"
@@ -123,29 +123,64 @@ class Journal:
         return container_id
 
 
+class PluginLock:
+    """A locked file that one plugin at a time inherits. While it is locked and in its place, that plugin works.
+
+    Each plugin gets a new file. What a plugin leaves behind on purpose, a daemon of its own, holds a file that is not
+    in its place any more, and is nobody's business.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = -1
+        self._used = False
+
+    async def take(self, patience_s: float) -> bool:
+        """Lock the file; False if it stays locked by somebody else for `patience_s`."""
+        if self._handle < 0:
+            self._handle = _open_lock(self._path)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_s
+        while True:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if loop.time() >= deadline:
+                    return False
+            else:
+                return True
+            await asyncio.sleep(_POLL_S)
+
+    def for_next_plugin(self) -> int:
+        """Return the descriptor that the next plugin is to inherit. The one before it has ended."""
+        if self._used:
+            self.close()
+            self._handle = _renew_lock(self._path)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a new file: nobody else can hold it
+        self._used = True
+        return self._handle
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
 @effect("cni.lock.open")
 def _open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+@effect("cni.lock.renew")
+def _renew_lock(path: Path) -> int:
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
 @effect("cni.lock.remove")
 def _remove_lock(path: Path) -> None:
     path.unlink(missing_ok=True)
-
-
-async def _lock(handle: int, patience_s: float) -> bool:
-    """Take the lock; False if it stays taken for `patience_s`."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if loop.time() >= deadline:
-                return False
-        else:
-            return True
-        await asyncio.sleep(_POLL_S)
 
 
 @effect("cni.kill_stray")

@@ -25,7 +25,7 @@ from dispatcher_cni.config import CniConfig
 from dispatcher_cni.conflist import NetworkConfig
 from dispatcher_cni.default_network import make_default_network
 from dispatcher_cni.gate import Gate
-from dispatcher_cni.journal import Journal
+from dispatcher_cni.journal import Journal, PluginLock
 from dispatcher_cni.namespace import read_facts, read_routes
 from dispatcher_cni.plan import PROVIDER, AttachmentPlan
 from dispatcher_cni.readiness import NOT_LOOKED, examine, find_missing, no_network
@@ -211,7 +211,7 @@ class CniNetwork:
         async with self._alone(attached.container_id) as lock:
             await self._delete(attached, attachment.result if attachment is not None else None, lock)
 
-    async def _delete(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, lock: int) -> None:
+    async def _delete(self, plan: AttachmentPlan, result: Mapping[str, Any] | None, lock: PluginLock) -> None:
         entry = self._journal.find(plan.container_id)
         if not result and entry is not None:
             result = entry.result
@@ -220,7 +220,7 @@ class CniNetwork:
         self._attached_here.pop(plan.container_id, None)
 
     @contextlib.asynccontextmanager
-    async def _alone(self, container_id: str) -> AsyncIterator[int]:
+    async def _alone(self, container_id: str) -> AsyncIterator[PluginLock]:
         """Be the only one at work on this attachment, in this process and among plugins of a former daemon."""
         async with (
             self._gate.shared(container_id),
@@ -246,7 +246,7 @@ class CniNetwork:
         if self._config.collect_garbage:
             await self._collect([*valid, *self._attached_here.values()])
 
-    async def _delete_forgotten(self, container_id: str, lock: int) -> None:
+    async def _delete_forgotten(self, container_id: str, lock: PluginLock) -> None:
         entry = self._journal.find(container_id)
         if entry is not None:
             await self._delete(entry.plan, entry.result, lock)
