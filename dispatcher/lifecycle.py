@@ -78,6 +78,25 @@ async def dispose_pod(pod: PodRecord, deps: Deps) -> None:
     await deps.store.delete_pod(pod.id)
 
 
+async def forget_pod(pod: PodRecord, deps: Deps) -> None:
+    """Drop a pod whose runtime is gone for good: all but what only that runtime could remove, which stays behind.
+
+    The caller has been told by an operator that nothing of the pod runs any more.
+    """
+    log.warning(
+        "forgetting a pod", extra={"pod_id": pod.id, "runtime": pod.route.runtime, "left_behind": dict(pod.facts)}
+    )
+    for container in deps.store.list_containers(pod.id):
+        await deps.logs.forget(container.id)
+    if pod.plan is not None:
+        await deps.network.delete(pod.plan, pod.attachment)
+        await remove_namespace(deps.netns_path(pod.id))
+    remove_pod_files(deps.state_dir(pod.id))
+    for container in deps.store.list_containers(pod.id):
+        deps.images.release(container.id)
+    await deps.store.delete_pod(pod.id)
+
+
 async def remove_container(container: ContainerRecord, pod: PodRecord, deps: Deps) -> None:
     """Remove a container in any state, its record last. The log file stays: it is the kubelet's."""
     container = await deps.store.update_container(container.id, ContainerEvent.REMOVE_REQUESTED)

@@ -1,7 +1,8 @@
 """Drop the record of a pod whose plugin is gone, so that its node can go on without it.
 
-Pods of a plugin that is not installed any more stay listed as unknown: only their plugin can remove what it made. To
-forget such a pod leaves its processes, mounts and addresses to you. Refused for a pod whose plugin is loaded: use `rm`.
+Pods of a plugin that is not installed any more stay listed: only their plugin can remove what it made. To forget such a
+pod frees what the dispatcher itself made for it (addresses, namespace, files), and leaves everything that its runtime
+made (processes, virtual machines, images) to you. Refused for a pod whose plugin is loaded: use `rm`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,6 @@ import argparse
 
 from dispatcher.commands.connection import add_endpoint, connect, find_pod, parse_info, pod_name
 from dispatcher.commands.output import Console, Exit, Failure
-
-# A RemovePodSandbox call with this pair beside it forgets. The value repeats the pod's id, so that no retry, proxy or
-# copied command line can mean another pod.
-FORGET_KEY = "dispatcher-forget"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 async def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
+    from dispatcher.cri.handlers.pod_end import FORGET_KEY
+
     async with connect(args) as client:
         pod = await find_pod(client, args.pod)
         if not args.yes:

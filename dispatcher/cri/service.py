@@ -125,7 +125,7 @@ def _unary(
         named = {field: getattr(request, field)[:64] for field in log_fields}
         try:
             with log_context(correlation_id=correlation_id, rpc=name, **named):
-                return await handler(request, deps)
+                return await _choose(name, handler, request, context)(request, deps)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -138,6 +138,14 @@ def _unary(
         raise AssertionError("abort raises")
 
     return call
+
+
+def _choose(name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Handler:
+    """Return the handler of a call; what `dispatcher forget` sends is told from a kubelet's call by its metadata."""
+    if name != "RemovePodSandbox":
+        return handler
+    asked = (pod_end.FORGET_KEY, request.pod_sandbox_id)
+    return pod_end.forget if asked in (context.invocation_metadata() or ()) else handler
 
 
 def _log_end(name: str, error: Exception, code: grpc.StatusCode, correlation_id: str) -> None:

@@ -303,3 +303,39 @@ def test_ready_pods_answer_over_the_network(command: Commands) -> None:
     done = command("exec", name, "--", "ip", "-4", "addr", "show", "eth0")
     assert f"inet {row['ip']}/" in done.stdout
     wait_until(lambda: command.rows()[0]["state"] == "ready", timeout_s=10, what="the pod is not ready")
+
+
+def test_a_pod_of_a_plugin_that_is_gone_can_only_be_forgotten(
+    node: Callable[..., Node], test_images: TestImages, tmp_path: Path
+) -> None:
+    del test_images
+    own = node()
+    command = Commands(own, tmp_path / "pods")
+    name = unique("left")
+    before = {container["Id"] for container in own.engine.containers()}
+    pod_id = command("run", "-d", "--name", name, BUSYBOX, "sleep", "1000").stdout.strip()
+    loaded = command("forget", "--yes", name)
+    assert loaded.returncode == 1
+    assert "is loaded" in loaded.stderr
+
+    settings = own.settings["plugins"]
+    own.settings["plugins"] = {**settings, "enabled": ["cni", "images"]}
+    own.write_policy({"apiVersion": "dispatcher/v1", "default": {"refuse": "no runtime"}})
+    own.restart()
+    assert [row["id"] for row in command.rows()] == [pod_id]
+    assert command("rm", "-f", name).returncode != 0
+    shown = command("forget", name)
+    assert shown.returncode == 1
+    assert "engine_id" in shown.stdout
+    assert command("forget", "--yes", name).stdout.strip() == pod_id
+    assert command.rows() == []
+
+    # What only the runtime could remove stays behind, as the command says.
+    left = {container["Id"] for container in own.engine.containers()} - before
+    assert len(left) == 2
+    for container_id in left:
+        own.engine.request("DELETE", f"/containers/{container_id}?force=1&v=1")
+    own.settings["plugins"] = settings
+    own.write_policy({"apiVersion": "dispatcher/v1", "default": {"runtime": "docker"}})
+    own.restart()
+    assert command.rows() == []
