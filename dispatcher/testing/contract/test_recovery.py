@@ -15,6 +15,7 @@ from dispatcher.model import Change, Liveness, Snapshot
 from dispatcher.testing.case import RuntimeCase, pod_spec
 from dispatcher.testing.contract.steps import (
     DEAF,
+    UNTIL_TERM,
     aclose,
     container_in,
     create,
@@ -35,15 +36,15 @@ pytestmark = pytest.mark.asyncio
 
 
 async def test_pods_outlive_the_daemon(case: RuntimeCase) -> None:
-    """A restart ends nothing: what ran runs on, and can be stopped by the new daemon."""
+    """A restart ends nothing: what ran runs on, answers signals, and can be stopped by the new daemon."""
     async with new_pod(case) as pod:
-        container = await start_ready(case, pod, script(DEAF))
+        container = await start_ready(case, pod, script(UNTIL_TERM))
         before = await look(case, container)
         await case.restart()
         assert await look_at_pod(case, pod) is Liveness.RUNNING
         after = await look(case, container)
         assert (after.liveness, after.started_at_ns) == (Liveness.RUNNING, before.started_at_ns)
-        assert (await stop(case, container, 0)).exit_code == 137
+        assert (await stop(case, container, 30)).exit_code == 7
     assert await case.leftovers() == []
 
 
