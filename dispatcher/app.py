@@ -22,6 +22,7 @@ from dispatcher.calls import Calls
 from dispatcher.cgroup_driver import choose_cgroup_driver
 from dispatcher.config import Config, LoadedConfig
 from dispatcher.cri.convert import as_json
+from dispatcher.cri.handlers.streams import make_target
 from dispatcher.cri.service import CriServer
 from dispatcher.deps import Deps
 from dispatcher.effects import effect
@@ -127,6 +128,7 @@ class App:
             await stack.enter_async_context(_background(probe.run(), "loop probe"))
             for runtime in registry.runtimes():
                 await stack.enter_async_context(_background(watch_runtime(runtime, deps), f"watch {runtime.name}"))
+            await registry.start_streaming(make_target(deps))
             await self._serve_metrics(stack, deps, probe)
             server = CriServer(deps, config.socket.path, self._metrics)
             await server.start(config.socket.mode_bits)

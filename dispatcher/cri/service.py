@@ -29,6 +29,7 @@ from dispatcher.cri.handlers import (
     pod_read,
     pod_run,
     stats,
+    streams,
 )
 from dispatcher.cri.lists import Lists
 from dispatcher.cri.status_codes import code_for, text_for
@@ -54,9 +55,6 @@ class Observer(Protocol):
 # Served by nobody yet; a client that knows how to do without gets the one code on which it does.
 UNIMPLEMENTED = frozenset(
     {
-        "Exec",
-        "Attach",
-        "PortForward",
         "StreamContainerStats",
         "PodSandboxStats",
         "ListPodSandboxStats",
@@ -98,6 +96,9 @@ def handlers(lists: Lists, statuses: Statuses) -> dict[str, Handler]:
         "UpdateContainerResources": container_run.update_resources,
         "ReopenContainerLog": container_run.reopen_log,
         "ExecSync": exec_sync.handle,
+        "Exec": streams.exec_,
+        "Attach": streams.attach,
+        "PortForward": streams.port_forward,
         "ContainerStats": stats.one,
         "ListContainerStats": stats.many,
         "ListImages": images.list_images,

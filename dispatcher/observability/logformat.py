@@ -56,7 +56,7 @@ _SECRET_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 # A record has these attributes anyway; everything else was handed in by `extra`.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "context", "data"}
-_QUIET = ("aiohttp.access", "docker", "urllib3", "asyncio", "watchfiles", "stevedore", "pyroute2", "websockets")
+_QUIET = ("aiohttp.access", "docker", "urllib3", "asyncio", "watchfiles", "stevedore", "pyroute2", "websockets", "grpc")
 
 
 def make_correlation_id() -> str:

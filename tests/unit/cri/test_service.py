@@ -27,13 +27,12 @@ def test_every_rpc_is_served_or_named_as_not() -> None:
 
 
 def test_what_is_not_served_is_exactly_this() -> None:
-    """Streaming, stats, metrics, events and list streams are to come; the last three stay."""
-    streaming = {"Exec", "Attach", "PortForward"}
+    """Stats of pods, metrics, events and list streams are to come; the last three stay."""
     stats = {"PodSandboxStats", "ListPodSandboxStats"}
     metrics = {"ListMetricDescriptors", "ListPodSandboxMetrics"}
     streams = {name for name in ALL if name.startswith("Stream")}
     never = {"CheckpointContainer", "CheckpointPod", "RestorePod"}
-    assert streaming | stats | metrics | streams | {"GetContainerEvents"} | never == UNIMPLEMENTED
+    assert stats | metrics | streams | {"GetContainerEvents"} | never == UNIMPLEMENTED
 
 
 def test_every_error_class_has_a_code() -> None:
