@@ -294,10 +294,7 @@ class WebSocketCommand:
     def finish(self, exit_code: int | None, message: str = "") -> list[bytes]:
         """The messages that end the session."""
         status = status_bytes(self.version, exit_code, message)
-        messages = [self._message("error", status)] if status else []
-        if self.version >= 5:
-            messages += [bytes([_CLOSE, CHANNELS[n]]) for n in ("stdout", "stderr") if getattr(self.request, n)]
-        return messages
+        return [self._message("error", status)] if status else []
 
     def _message(self, stream: str, data: bytes) -> bytes:
         channel = CHANNELS[stream]

@@ -81,7 +81,7 @@ _TAIL = (
     "chunked,text/html,image/png,image/jpg,image/gif,application/xml,application/xhtml+xml,text/plain,"
     "text/javascript,publicprivatemax-age=gzip,deflate,sdchcharset=utf-8charset=iso-8859-1,utf-,*,enq=0."
 )
-DICTIONARY = b"".join(struct.pack(">I", len(word)) + word.encode() for word in _PREFIXED) + _TAIL.encode()
+DICTIONARY = b"".join(struct.pack(">I", len(word)) + word.encode() for word in _WORDS) + _TAIL.encode()
 
 
 class HeaderError(ValueError):
