@@ -25,9 +25,13 @@ def leftovers(node: Node) -> list[str]:
     found += [f"namespace {p.name[:12]}" for p in (node.run_dir / "netns").glob("*")]
     found += [f"folder {p.name[:12]}" for p in (node.state_dir / "pods").glob("*")]
     found += [f"address {p.name}" for p in (node.root / "ipam").glob("*/*.*.*.*")]
-    ports = subprocess.run(["ip", "-o", "link", "show", "master", node.bridge], capture_output=True, text=True, check=False)
+    ports = subprocess.run(
+        ["ip", "-o", "link", "show", "master", node.bridge], capture_output=True, text=True, check=False
+    )
     found += [f"link {line.split()[1]}" for line in ports.stdout.splitlines()]
-    found += [f"mount {line}" for line in Path("/proc/self/mounts").read_text().splitlines() if str(node.run_dir) in line]
+    found += [
+        f"mount {line}" for line in Path("/proc/self/mounts").read_text().splitlines() if str(node.run_dir) in line
+    ]
     return found
 
 
