@@ -221,6 +221,7 @@ class Database:
             raise
 
     # -------------------------------------------------------------------------------------------------------- damage
+    @effect("store.rebuild")
     def _rebuild(self, path: Path, error: sqlite3.DatabaseError) -> None:
         """Copy the damaged file away, and build a new one of all rows that can still be read.
 

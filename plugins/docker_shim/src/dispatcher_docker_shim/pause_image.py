@@ -55,6 +55,7 @@ class PauseImage:
         """Look again at the next `ensure`: another engine process may know less."""
         self._tag = ""
 
+    @effect("docker.build_pause")
     async def _binary(self) -> bytes:
         source = source_text()
         key = hashlib.sha256("\0".join((source, *FLAGS, platform.machine())).encode()).hexdigest()[:24]
@@ -77,6 +78,7 @@ class PauseImage:
             _keep(Path(work) / "pause", kept)
         return kept.read_bytes()
 
+    @effect("docker.load_pause")
     async def _load(self, binary: bytes, tag: str) -> None:
         if await self._client.find_image(tag) is not None:
             return
