@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import errno
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,10 @@ from dispatcher_docker_shim.log_formats import DECODERS, MAX_ENTRY
 
 _BLOCK = 256 * 1024
 _STEP = 1 << 20
-_LOOK_AGAIN_S = 5.0  # in case the kernel drops a wake-up, or the container ended without a last write
+_LOOK_AGAIN_S = 5.0  # in case the kernel drops a wake-up; costs one read(2)
+# In case the engine drops an event. It costs a call per container, so a quiet node must not do it often: each pause is
+# twice the one before it, and an event begins anew.
+_ASK_FIRST_S, _ASK_LAST_S = 5.0, 60.0
 _SEEK_DATA = 3
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
@@ -66,10 +70,12 @@ async def follow(
     decode = DECODERS[file.driver]
     position, pending = after, b""
     fd, folder = -1, _Folder(watch)
-    ask = True
+    ask, asked_at, pause_s = True, 0.0, _ASK_FIRST_S
     try:
         while True:
             folder.follow(file.folder)
+            if ask:
+                asked_at = time.monotonic()
             if fd < 0:
                 fd = _open(file.path)
                 position = _first_data(fd, position) if fd >= 0 else position
@@ -88,6 +94,10 @@ async def follow(
             if complete:
                 return
             ask = await _wait(folder.changed, ended)
+            if ask:
+                pause_s = _ASK_FIRST_S
+            elif time.monotonic() - asked_at >= pause_s:
+                ask, pause_s = True, min(2 * pause_s, _ASK_LAST_S)
     finally:
         if fd >= 0:
             os.close(fd)
@@ -182,14 +192,14 @@ def _read(fd: int, offset: int, path: str) -> bytes:
 
 
 async def _wait(changed: asyncio.Event | None, ended: asyncio.Event) -> bool:
-    """Wait for a change; True when it may be the end, or when nothing was heard for a while."""
+    """Wait for a change, or for a while; True when the container may have ended."""
     waits = [asyncio.ensure_future(event.wait()) for event in (changed, ended) if event is not None]
     try:
-        done, _ = await asyncio.wait(waits, timeout=_LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=_LOOK_AGAIN_S, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for wait in waits:
             wait.cancel()
-    ask = ended.is_set() or not done
+    ask = ended.is_set()
     if changed is not None:
         changed.clear()
     ended.clear()
