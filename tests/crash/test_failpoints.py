@@ -1,14 +1,12 @@
 """`kill -9` of the daemon before and after every act on the outside world: the retry finishes what was begun.
 
 The failpoints are collected from a run (a trace of the whole life of a pod), so a new one is covered as soon as it is
-passed. For each one the daemon is killed there once, started again, and the same pod's life goes on. A soak run (the
-environment variable DISPATCHER_SOAK) kills at every passage of each one instead of the first: before and after each
-single commit of a record, above all.
+passed. For each one the daemon is killed there once, started again, and the same pod's life goes on. The soak run kills
+at every passage of each one instead of the first: before and after each single commit of a record, above all.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,10 @@ from tests.crash.kubelet import Kubelet, Life, Supervisor
 from tests.lab.images import TestImages
 from tests.lab.node import Node
 
-EVERY_PASSAGE = bool(os.environ.get("DISPATCHER_SOAK"))
-pytestmark = pytest.mark.timeout(7200 if EVERY_PASSAGE else 1500)
+pytestmark = pytest.mark.timeout(1500)
 
 
-def trace_of(node: Node, folder: Path) -> list[str]:
+def trace_of(node: Node, folder: Path, *, every_passage: bool) -> list[str]:
     """Every failpoint that a pod's life passes, start and end of the daemon included, armed to kill there, in order."""
     trace = folder / "trace"
     node.stop()
@@ -43,12 +40,20 @@ def trace_of(node: Node, folder: Path) -> list[str]:
     points = []
     for name in trace.read_text().split():
         passages[name] += 1
-        if passages[name] == 1 or EVERY_PASSAGE:
+        if passages[name] == 1 or every_passage:
             points.append(f"{name}=kill@{passages[name]}")
     return points
 
 
+@pytest.mark.parametrize(
+    "every_passage",
+    [
+        pytest.param(False, id="first-passage"),
+        pytest.param(True, id="every-passage", marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    ],
+)
 def test_killed_at_every_failpoint(
+    every_passage: bool,
     node: Callable[..., Node],
     test_images: TestImages,
     tmp_path: Path,
@@ -56,7 +61,7 @@ def test_killed_at_every_failpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     current = node()
-    points = trace_of(current, tmp_path)
+    points = trace_of(current, tmp_path, every_passage=every_passage)
     assert len(points) > 40, points
     not_hit = []
     for number, point in enumerate(points):

@@ -1,6 +1,6 @@
 """`kill -9` of the daemon at seeded random moments while several workers run pods: nothing is lost, doubled or restarted.
 
-A few kills here; `make soak` sets DISPATCHER_SOAK_KILLS for a hundred and more.
+A few kills in every run, a hundred in a soak run. DISPATCHER_SEED chooses other moments.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from tests.crash.kubelet import Kubelet, Life, Supervisor
 from tests.lab.images import BUSYBOX, TestImages
 from tests.lab.node import Node
 
-KILLS = int(os.environ.get("DISPATCHER_SOAK_KILLS", "12"))
-SEED = int(os.environ.get("DISPATCHER_SOAK_SEED", "20261"))
+SEED = int(os.environ.get("DISPATCHER_SEED", "20261"))
 WORKERS = 3
-pytestmark = pytest.mark.timeout(600 + 30 * KILLS)
 
 
 class Worker:
@@ -51,7 +49,15 @@ class Worker:
         self.long.end()
 
 
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(12, marks=pytest.mark.timeout(600)),
+        pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
+)
 def test_random_kills_under_load(
+    kills: int,
     node: Callable[..., Node],
     test_images: TestImages,
     tmp_path: Path,
@@ -66,7 +72,7 @@ def test_random_kills_under_load(
     with Supervisor(current) as supervisor, ThreadPoolExecutor(WORKERS) as pool:
         running = [pool.submit(worker.run) for worker in workers]
         try:
-            for kill in range(KILLS):
+            for kill in range(kills):
                 time.sleep(chance.uniform(0.0, 1.5))
                 current.kill()
                 supervisor.wait_for(kill + 1)
@@ -79,5 +85,5 @@ def test_random_kills_under_load(
     nothing_left(current)
     lives = sum(worker.lives for worker in workers)
     with capsys.disabled():
-        print(f"\n{KILLS} kills (seed {SEED}): {lives} pods lived and ended, {supervisor.restarts} restarts")
+        print(f"\n{kills} kills (seed {SEED}): {lives} pods lived and ended, {supervisor.restarts} restarts")
     assert lives >= WORKERS
