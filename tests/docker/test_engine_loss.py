@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.lab,
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.timeout(180),
-    # The SDK leaves a socket to the garbage collector when a connection is refused.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 

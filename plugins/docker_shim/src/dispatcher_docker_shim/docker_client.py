@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ Json = dict[str, Any]
 class DockerClient:
     """Unary calls to one engine. Methods may be called concurrently; cancelling one abandons its thread's answer."""
 
-    def __init__(self, socket: str, *, threads: int, deadline_s: float, load_deadline_s: float) -> None:
-        self._url = f"unix://{socket}"
+    def __init__(self, path: str, *, threads: int, deadline_s: float, load_deadline_s: float) -> None:
+        self._socket = path
         self._threads = threads
         self._deadline_s = deadline_s
         self._load_deadline_s = load_deadline_s
@@ -36,7 +37,7 @@ class DockerClient:
         self._lock = threading.Lock()
         self._clients: dict[float, Any] = {}
         self._api = ""
-        self._away = False
+        self._away = self._closed = False
         self.on_doubt: Callable[[], None] = lambda: None
         self._creating: dict[str, asyncio.Future[Any]] = {}
 
@@ -50,9 +51,11 @@ class DockerClient:
         version = f"{api[0]}.{api[1]}"
         with self._lock:
             if version != self._api:
+                for client in self._clients.values():
+                    client.close()
                 self._clients.clear()
                 self._api = version
-            self._away = False
+            self._away = self._closed
 
     def suspend(self) -> None:
         """The engine went away: calls fail at once until `revive`."""
@@ -60,6 +63,7 @@ class DockerClient:
 
     def close(self) -> None:
         """Drop connections. Calls in flight end at their deadline."""
+        self._away = self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._slow_pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
@@ -222,15 +226,22 @@ class DockerClient:
         import requests.exceptions
 
         try:
+            self._knock()
             return function(self._client(deadline_s))
         except docker.errors.APIError as error:
             raise from_status(error.status_code or 500, str(error.explanation or ""), doing=doing) from error
-        except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as error:
+        except (OSError, requests.exceptions.Timeout, requests.exceptions.ConnectionError) as error:
             raise EngineAway(f"Docker Engine went away or did not answer when asked to {doing}") from error
         except (docker.errors.DockerException, requests.exceptions.RequestException, ValueError) as error:
             if isinstance(error, DispatcherError):
                 raise
             raise EngineAway(f"Docker Engine's answer cannot be read when asked to {doing}") from error
+
+    def _knock(self) -> None:
+        """See that somebody listens (30 us): the SDK leaves a socket behind for each connection that is refused."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            probe.connect(self._socket)
 
     def _client(self, deadline_s: float) -> Any:
         import docker
@@ -239,7 +250,7 @@ class DockerClient:
             client = self._clients.get(deadline_s)
             if client is None:
                 client = docker.APIClient(
-                    base_url=self._url,
+                    base_url=f"unix://{self._socket}",
                     version=self._api,
                     timeout=deadline_s,
                     num_pools=2,

@@ -142,6 +142,8 @@ class ExecProcess:
     async def kill(self) -> None:
         if self._root is not None and self._pidfd is not None:
             await asyncio.to_thread(host.kill_tree, self._root, self._pidfd)
+            # Newer engines tell the exit only once all output is read, and nobody may be reading.
+            self._stream.stop_reading()
 
     async def aclose(self) -> None:
         if self._closed:
