@@ -107,6 +107,7 @@ class App:
             )
             for plugin, stage in registry.failures():
                 self._metrics.plugin_failed(plugin, stage)
+            registry.refuse_newer_facts((pod.route.runtime, pod.stamp.facts_schema) for pod in store.list_pods())
             policy = self._make_policy(store, registry)
             await policy.start()
             stack.push_async_callback(policy.aclose)

@@ -97,6 +97,7 @@ class _Entry:
     guard: Guard
     begin: Callable[[], Awaitable[None]] | None = None
     started: bool = False
+    refused: bool = False  # must not start at all, for the reason in `guard.blocked`
     health: RuntimeHealth = field(default_factory=lambda: RuntimeHealth(ready=False, reason="NotProbed"))
     down_since: float | None = None
 
@@ -250,6 +251,21 @@ class Registry:
         )
         return _Entry(plugin.name, guard_object(inner, guard, properties), guard)
 
+    def refuse_newer_facts(self, stamps: Iterable[tuple[str, int]]) -> None:
+        """Keep runtimes from starting that would not understand what a newer version of theirs put on record.
+
+        `stamps` are (runtime, facts schema) of the pods on record; call it before `start`. Such pods run on untouched.
+        """
+        for name, facts_schema in stamps:
+            entry = self._runtimes.get(name)
+            if entry is not None and facts_schema > entry.guarded.facts_schema and not entry.refused:
+                entry.refused = True
+                entry.guard.blocked = (
+                    f"its pods on record were made by a newer version (facts schema {facts_schema}, and this one reads "
+                    f"up to {entry.guarded.facts_schema}): install that version of the plugin {entry.plugin} again."
+                )
+                _log.error("runtime refused", extra={"runtime": name, "why": entry.guard.blocked})
+
     # ------------------------------------------------------------------------------------------------ start and end
     async def start(self, leases: Callable[[], Leases]) -> None:
         """Start images (with the leases that records imply), network and runtimes, probe them, and go on probing.
@@ -300,7 +316,7 @@ class Registry:
         await asyncio.gather(*(end(entry) for entry in entries if entry is not None and entry.started))
 
     async def _begin(self, entry: _Entry) -> None:
-        if entry.started or entry.begin is None:
+        if entry.started or entry.refused or entry.begin is None:
             return
         try:
             await entry.begin()
@@ -328,7 +344,8 @@ class Registry:
 
     async def _probe(self, entry: _Entry) -> None:
         if not entry.started:
-            health = RuntimeHealth(ready=False, reason="StartFailed", message=entry.guard.blocked)
+            reason = "NewerRecords" if entry.refused else "StartFailed"
+            health = RuntimeHealth(ready=False, reason=reason, message=entry.guard.blocked)
         else:
             try:
                 health = await entry.guarded.probe()

@@ -114,6 +114,18 @@ async def test_an_image_provider_that_does_not_start_is_tried_again(load: Load, 
     await registry.aclose()
 
 
+async def test_a_runtime_that_cannot_read_its_records_is_not_started(registry: Registry) -> None:
+    """A plugin was downgraded: its pods run on, and it must not guess at what a newer version noted."""
+    registry.refuse_newer_facts([("fake", 1), ("fake", 2), ("ghost", 9)])
+    await registry.start(lambda: ())
+    assert registry.health("fake").reason == "NewerRecords"
+    assert "facts schema 2" in registry.health("fake").message
+    with pytest.raises(RuntimeDown, match="newer version"):
+        await registry.runtime("fake").inspect((), ())
+    await registry.probe_now("fake")
+    assert "start" not in engine().calls
+
+
 async def test_abilities_are_asked_in_one_place(load: Load) -> None:
     registry = load("plugins: {enabled: [fake], fake: {abilities: [CanExec]}}")
     await registry.start(lambda: ())
