@@ -185,7 +185,8 @@ def cycle(target: Socket, results: Results) -> None:
 
     before = scrape(target.metrics) if target.metrics else {}
     results.add("RunPodSandbox", who, [timed(run)])
-    for part, value in (own_share(before, scrape(target.metrics)) or {}).items() if target.metrics else ():
+    parts = own_share(before, scrape(target.metrics)) if target.metrics else None
+    for part, value in (parts or {}).items():
         results.add(f"  {part}", who, [value])
     try:
         container_id = ""

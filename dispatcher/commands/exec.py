@@ -1,7 +1,8 @@
-"""Run a command in a running container and print its output when it has ended.
+"""Run a command in a running container, and end with its exit code.
 
-The exit code is the command's; 124 when it did not end within --timeout and was killed, 125 when it could not be run.
-Output comes at the end and is limited to 16 MiB; sessions with a terminal or with input need a streaming client.
+Without -i and -t the output comes when the command has ended, at most 16 MiB of it; --timeout kills a command that takes
+too long, and the exit code is then 124. With -i the command gets this input, with -t a terminal, and output comes as it
+is written; that needs a runtime that streams. 125 means that the command could not be run.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from typing import TYPE_CHECKING
 
 from dispatcher.commands.connection import add_endpoint, as_failure, connect, find_container, positive_seconds
 from dispatcher.commands.output import Console, Exit, Failure
 
+if TYPE_CHECKING:
+    from dispatcher.cri.client import CriClient
+
 EPILOG = """\
 examples:
   dispatcher exec web -- ls -l /
+  dispatcher exec -it web sh
   dispatcher exec kube-system/proxy -c main --timeout 5 -- cat /etc/resolv.conf
 """
 
@@ -23,8 +29,8 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("-c", "--container", metavar="NAME", default="", help="which container of the pod")
-    parser.add_argument("-i", "--stdin", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("-t", "--tty", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-i", "--stdin", action="store_true", help="pass this input on to the command")
+    parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
@@ -46,16 +52,14 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
     command = args.command_line[1:] if args.command_line[:1] == ["--"] else args.command_line
     if not command:
         raise Failure("no command given", hint="dispatcher exec POD -- COMMAND...", code=Exit.USAGE)
-    if args.stdin or args.tty:
-        raise Failure(
-            "-i and -t are not available here: exec runs a command without input and without a terminal",
-            hint="use `crictl exec -it` or `kubectl exec -it` for a session",
-            code=Exit.USAGE,
-        )
+    if (args.stdin or args.tty) and args.timeout:
+        raise Failure("--timeout is for commands without -i and -t", code=Exit.USAGE)
     limit_s = math.ceil(args.timeout)
     args.timeout = 30.0
     async with connect(args) as client:
         container = await find_container(client, args.target, args.container, running=True)
+        if args.stdin or args.tty:
+            return await _open_session(client, container.id, command, args)
         try:
             reply = await client.call(
                 "ExecSync",
@@ -77,3 +81,24 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
     sys.stderr.buffer.write(reply.stderr)
     sys.stderr.buffer.flush()
     return int(reply.exit_code)
+
+
+async def _open_session(client: CriClient, container_id: str, command: list[str], args: argparse.Namespace) -> int:
+    from dispatcher.commands.stream_session import run_session
+    from dispatcher.cri.client import CallFailed
+
+    try:
+        reply = await client.call(
+            "Exec",
+            container_id=container_id,
+            cmd=command,
+            tty=args.tty,
+            stdin=args.stdin,
+            stdout=True,
+            stderr=not args.tty,  # a terminal has one output only
+        )
+    except CallFailed as error:
+        failure = as_failure(error)
+        failure.code = Exit.NO_RESULT
+        raise failure from error
+    return await run_session(reply.url, stdin=args.stdin, terminal=args.tty)

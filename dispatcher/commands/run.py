@@ -63,7 +63,7 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
     if args.interactive or args.tty:
         raise Failure(
             "-i and -t are not available here: run has no input and no terminal",
-            hint="start it with -d, and attach with `crictl attach -it` or `crictl exec -it`",
+            hint="start it with -d, and open a session with `dispatcher exec -it`",
             code=Exit.USAGE,
         )
     try:
