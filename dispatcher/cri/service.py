@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +23,10 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri.handlers import (
     container_create,
     container_run,
+    events,
     exec_sync,
     images,
+    list_streams,
     node,
     pod_end,
     pod_read,
@@ -31,6 +34,7 @@ from dispatcher.cri.handlers import (
     stats,
     streams,
 )
+from dispatcher.cri.handlers.list_streams import Stream
 from dispatcher.cri.lists import Lists
 from dispatcher.cri.status_codes import code_for, text_for
 from dispatcher.cri.statuses import Statuses
@@ -55,23 +59,23 @@ class Observer(Protocol):
 # Served by nobody yet; a client that knows how to do without gets the one code on which it does.
 UNIMPLEMENTED = frozenset(
     {
-        "StreamContainerStats",
         "PodSandboxStats",
         "ListPodSandboxStats",
         "StreamPodSandboxStats",
         "ListMetricDescriptors",
         "ListPodSandboxMetrics",
         "StreamPodSandboxMetrics",
-        "GetContainerEvents",
-        "StreamPodSandboxes",
-        "StreamContainers",
-        "StreamImages",
         # These three stay: a checkpoint of a pod of any runtime is not something this node can restore honestly.
         "CheckpointContainer",
         "CheckpointPod",
         "RestorePod",
     }
 )
+
+
+def streamed(lists: Lists) -> dict[str, Stream]:
+    """The table of all served RPCs whose reply is a stream."""
+    return {"GetContainerEvents": events.handle, **list_streams.streams(lists)}
 
 
 def handlers(lists: Lists, statuses: Statuses) -> dict[str, Handler]:
@@ -141,6 +145,30 @@ def _unary(
     return call
 
 
+def _stream(
+    name: str, handler: Stream, deps: Deps, observer: Observer
+) -> Callable[..., AsyncIterator[Message | bytes]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Message | bytes]:
+        began = time.monotonic()
+        code = grpc.StatusCode.OK
+        correlation_id = make_correlation_id()
+        try:
+            async with aclosing(handler(request, deps)) as replies:  # type: ignore[type-var]
+                async for reply in replies:
+                    yield reply
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # noqa: BLE001 - as for unary calls
+            code = code_for(error)
+            _log_end(name, error, code, correlation_id)
+            await context.abort(code, text_for(error, correlation_id))
+        finally:
+            observer.rpc_finished(name, code.name, time.monotonic() - began)
+
+    return call
+
+
 def _choose(name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Handler:
     """Return the handler of a call; what `dispatcher forget` sends is told from a kubelet's call by its metadata."""
     if name != "RemovePodSandbox":
@@ -164,7 +192,8 @@ async def _refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) ->
 
 def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of both CRI services from the descriptor and the table."""
-    table = handlers(Lists(deps), Statuses(deps))
+    lists = Lists(deps)
+    table, stream_table = handlers(lists, Statuses(deps)), streamed(lists)
     result = []
     for service in pb.DESCRIPTOR.services_by_name.values():
         methods = {}
@@ -174,6 +203,10 @@ def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHand
                 fields = tuple(name for name in _NAMED_IN_LOG if name in method.input_type.fields_by_name)
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(
                     _unary(method.name, table[method.name], deps, observer, fields), decode, _serialise
+                )
+            elif method.name in stream_table:
+                methods[method.name] = grpc.unary_stream_rpc_method_handler(
+                    _stream(method.name, stream_table[method.name], deps, observer), decode, _serialise
                 )
             else:
                 make = (

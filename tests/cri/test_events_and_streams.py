@@ -1,0 +1,63 @@
+"""Events of pods and containers as they happen, and the lists in their streaming form."""
+
+from __future__ import annotations
+
+from dispatcher.cri import api_pb2 as pb
+from tests.lab.client import CriClient
+
+
+def test_the_life_of_a_pod_is_told_by_events(cri: CriClient) -> None:
+    """Each change once, in order, with the sandbox's and the containers' statuses of that moment."""
+    stream = cri.stream("GetContainerEvents", timeout_s=60)
+    try:
+        pod = cri.run_pod()
+        container = pod.run(command=["sleep", "1000"])
+        cri.stop_container(container.id)
+        pod.stop()
+        pod.remove()
+        seen = []
+        for event in stream:
+            if event.container_id not in (pod.id, container.id):
+                continue
+            seen.append((event.container_id == pod.id, event.container_event_type))
+            assert event.created_at > 0
+            if (event.container_id, event.container_event_type) == (container.id, pb.CONTAINER_STOPPED_EVENT):
+                assert event.pod_sandbox_status.id == pod.id
+                assert [s.exit_code for s in event.containers_statuses] == [137]
+            if seen[-1] == (True, pb.CONTAINER_DELETED_EVENT):
+                assert not event.HasField("pod_sandbox_status"), "a sandbox that is gone has no status"
+                break
+    finally:
+        stream.cancel()
+    of_pod = [kind for is_pod, kind in seen if is_pod]
+    of_container = [kind for is_pod, kind in seen if not is_pod]
+    assert of_pod == [
+        pb.CONTAINER_CREATED_EVENT,
+        pb.CONTAINER_STARTED_EVENT,
+        pb.CONTAINER_STOPPED_EVENT,
+        pb.CONTAINER_DELETED_EVENT,
+    ]
+    assert of_container[:3] == [
+        pb.CONTAINER_CREATED_EVENT,
+        pb.CONTAINER_STARTED_EVENT,
+        pb.CONTAINER_STOPPED_EVENT,
+    ]
+
+
+def test_streamed_lists_hold_what_the_lists_hold(cri: CriClient) -> None:
+    with cri.run_pod(labels={"streamed": "yes"}) as pod:
+        container = pod.run(command=["sleep", "1000"])
+        pods = [p for m in cri.stream("StreamPodSandboxes", timeout_s=20) for p in m.pod_sandboxes]
+        assert pods == cri.pods()
+        containers = [c for m in cri.stream("StreamContainers", timeout_s=20) for c in m.containers]
+        assert containers == cri.containers()
+        images = [i for m in cri.stream("StreamImages", timeout_s=20) for i in m.images]
+        assert images == cri.images()
+        request = pb.StreamContainerStatsRequest(filter=pb.ContainerStatsFilter(id=container.id))
+        stats = [s for m in cri.stream("StreamContainerStats", request, timeout_s=20) for s in m.container_stats]
+        assert [s.attributes.id for s in stats] == [container.id]
+
+
+def test_an_empty_list_streams_no_message(cri: CriClient) -> None:
+    request = pb.StreamPodSandboxesRequest(filter=pb.PodSandboxFilter(id="0" * 64))
+    assert list(cri.stream("StreamPodSandboxes", request, timeout_s=20)) == []
