@@ -47,10 +47,7 @@ def is_chrooted() -> bool:
 def make_root_whole() -> None:
     """Leave the chroot for a mount namespace whose root it is. The working directory stays what it was."""
     folder = os.getcwd()
-    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    _go_to_namespace_root()
-    os.fchdir(root)
-    os.close(root)
+    os.fchdir(_go_to_namespace_root())
     tree = os.getcwd().encode()
     _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call("mount", tree, tree, None, _MS_BIND | _MS_REC, None)
@@ -61,12 +58,17 @@ def make_root_whole() -> None:
     os.chdir(folder)
 
 
-def _go_to_namespace_root() -> None:
-    """Enter a copy of the mount namespace; joining it, unlike making it, sets the root to the namespace's own."""
+def _go_to_namespace_root() -> int:
+    """Enter a copy of the mount namespace; joining it, unlike making it, sets the root to the namespace's own.
+
+    Returns a descriptor of what was the root folder before, within the copy.
+    """
     _call("unshare", _CLONE_NEWNS)
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY)
     _call("setns", namespace, _CLONE_NEWNS)
     os.close(namespace)
+    return root
 
 
 def _call(name: str, *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""scripts/host.sh on a throw-away copy of this machine: what it installs, what it starts, and what it leaves.
+"""scripts/ on a throw-away copy of this machine: what host.sh installs, starts and leaves; the root of a chroot.
 
 The copy is an overlay of the root file system, seen by one mount namespace: nothing that happens there is real here.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "host.sh"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 PACKAGE = "docker-registry"
 POLICY = "/usr/sbin/policy-rc.d"
 
@@ -30,7 +30,7 @@ mount -t proc proc proc
 mount --rbind /dev dev
 mount -t tmpfs tmpfs run
 mount -t tmpfs tmpfs tmp
-cp "$2" tmp/host.sh
+cp "$2"/*.sh "$2"/*.py tmp/
 exec chroot . bash -c "$3"
 """
 
@@ -62,7 +62,7 @@ class Machine:
     def run(self, script: str, *, prelude: str = PRELUDE) -> str:
         """Run the script with `state` (packages, accounts, services, policy) defined; return what it printed."""
         done = subprocess.run(
-            [*ISOLATED, "bash", "-c", ENTER, "enter", str(self.folder), str(SCRIPT), prelude + script],
+            [*ISOLATED, "bash", "-c", ENTER, "enter", str(self.folder), str(SCRIPTS), prelude + script],
             capture_output=True,
             text=True,
             check=False,
@@ -180,3 +180,18 @@ def test_engine_from_elsewhere_counts(machine: Machine) -> None:
         host missing demo | grep docker.io || echo content
     """)
     assert out.split() == ["docker.io", "content"]
+
+
+def test_whole_root_makes_a_chroot_safe_for_engines(machine: Machine) -> None:
+    """Who joins the mount namespace of a process in a chroot lands outside; behind whole_root.py, in the chroot."""
+    out = machine.run(
+        """
+        touch /mark
+        cd /usr/lib
+        nsenter --mount=/proc/self/ns/mnt ls /mark 2>/dev/null || echo outside
+        python3 /tmp/whole_root.py sh -c 'nsenter --mount=/proc/self/ns/mnt ls /mark; pwd'
+        python3 /tmp/whole_root.py python3 /tmp/whole_root.py echo twice
+        """,
+        prelude="",
+    )
+    assert out.split() == ["outside", "/mark", "/usr/lib", "twice"]
