@@ -28,9 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="image workers change their root folder: needs root"))
 
 
-def make_provider(folder: Path, **section: Any) -> OciImages:
+def make_provider(
+    folder: Path, notify: Callable[[str, str], None] = lambda _reason, _message: None, **section: Any
+) -> OciImages:
     """A provider that is not started."""
-    services = Services(state_dir=folder, run_dir=folder, node_uuid="node", now_ns=time.time_ns)
+    services = Services(state_dir=folder, run_dir=folder, node_uuid="node", now_ns=time.time_ns, notify=notify)
     return OciImages(ImagesConfig.model_validate(section), services)
 
 

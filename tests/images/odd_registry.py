@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -34,7 +35,8 @@ class Blob:
 class OddRegistry:
     """Serves pulls only. `log` has (method, path, headers) of each request."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.blobs: dict[str, Blob] = {}
         self.manifests: dict[str, tuple[bytes, str]] = {}
         self.log: list[tuple[str, str, dict[str, str]]] = []
@@ -47,7 +49,7 @@ class OddRegistry:
         app.router.add_route("*", "/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls)
         await site.start()
         sockets: Any = site._server.sockets  # type: ignore[union-attr]
         self.address = f"127.0.0.1:{sockets[0].getsockname()[1]}"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -15,7 +20,9 @@ from dispatcher_images.pull import PullProgress
 from tests.images.conftest import Open, files
 from tests.images.odd_registry import Blob, OddRegistry
 from tests.images.tars import Tar
+from tests.lab.child import PartMissingError
 from tests.lab.images import Image, Layer, Tree, digest_of
+from tests.lab.registry import make_certificates
 
 BIG = Layer.plain(Tree().file("big", os.urandom(3 << 20)).tar())
 SMALL = Layer.gzip(Tree().file("small", "x").tar())
@@ -134,8 +141,6 @@ async def test_an_image_above_the_limit_is_refused_before_it_is_fetched(odd: Odd
 
 
 async def test_an_endless_index_is_refused(odd: OddRegistry, store: OciImages) -> None:
-    import json
-
     kind = "application/vnd.oci.image.index.v1+json"
     chain = b"{}"
     for depth in range(6):
@@ -215,6 +220,78 @@ async def test_a_redirect_to_nowhere_is_refused(odd: OddRegistry, store: OciImag
     odd.hooks.append(away)
     with pytest.raises(PullFailed, match="unusable"):
         await store.pull(f"{odd.address}/app:v1", None)
+
+
+@pytest.fixture
+async def tls_odd(tmp_path: Path) -> AsyncIterator[tuple[OddRegistry, Path]]:
+    """A registry over TLS that wants a client certificate, with the folder for `certs_dir`."""
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    try:
+        await asyncio.to_thread(make_certificates, keys)
+    except PartMissingError as missing:
+        pytest.skip(str(missing))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "server.crt", keys / "server.key")
+    context.load_verify_locations(keys / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    async with OddRegistry(context) as registry:
+        folder = tmp_path / "certs" / registry.address
+        folder.mkdir(parents=True)
+        shutil.copy(keys / "ca.crt", folder / "ca.crt")
+        shutil.copy(keys / "server.crt", folder / "client.cert")
+        shutil.copy(keys / "server.key", folder / "client.key")
+        yield registry, folder
+
+
+async def test_client_certificates_are_shown_where_there_are_some(
+    tls_odd: tuple[OddRegistry, Path], open_store: Open
+) -> None:
+    odd, folder = tls_odd
+    reference = odd.put("app", "v1", IMAGE)
+    store = await open_store(certs_dir=str(folder.parent), attempts=1)
+    assert (await store.pull(reference, None)).id == IMAGE.id
+    (folder / "client.cert").unlink()
+    await store.remove(reference)
+    with pytest.raises(PullFailed) as caught:
+        await store.pull(reference, None)
+    assert caught.value.reason == "RegistryUnavailable"
+    (folder / "client.cert").write_text("no certificate")
+    with pytest.raises(PullFailed, match="cannot be used"):
+        await store.pull(reference, None)
+
+
+async def test_tls_is_never_left(tls_odd: tuple[OddRegistry, Path], odd: OddRegistry, open_store: Open) -> None:
+    secure, folder = tls_odd
+    odd.put("app", "v1", IMAGE)
+
+    async def away(request: web.Request) -> web.StreamResponse | None:
+        if "/blobs/" in request.path:
+            return web.Response(status=307, headers={"Location": f"http://{odd.address}{request.path}"})
+        return None
+
+    secure.hooks.append(away)
+    reference = secure.put("app", "v1", IMAGE)
+    store = await open_store(certs_dir=str(folder.parent), plain_http_loopback=False)
+    with pytest.raises(PullFailed, match="away from TLS"):
+        await store.pull(reference, None)
+    assert odd.log == []
+
+
+async def test_a_token_service_without_tls_gets_no_secret(
+    tls_odd: tuple[OddRegistry, Path], odd: OddRegistry, open_store: Open
+) -> None:
+    secure, folder = tls_odd
+
+    async def ask(request: web.Request) -> web.StreamResponse | None:
+        challenge = f'Bearer realm="http://{odd.address}/token",service="x"'
+        return web.Response(status=401, headers={"WWW-Authenticate": challenge})
+
+    secure.hooks.append(ask)
+    store = await open_store(certs_dir=str(folder.parent))
+    with pytest.raises(PullFailed, match="without TLS"):
+        await store.pull(secure.put("app", "v1", IMAGE), Credentials(username="u", password="p"))
+    assert odd.log == []
 
 
 # -------------------------------------------------------------------------------------------- joining and cancellation

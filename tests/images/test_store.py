@@ -341,7 +341,9 @@ async def test_an_unreadable_index_is_set_aside(odd: OddRegistry, open_store: Op
     await store.pull(odd.put("a", "1", image("x")), None)
     await store.aclose()
     (store._folder / "index.db").write_bytes(b"no database" * 1000)
-    store = await open_store()
+    told: list[str] = []
+    store = await open_store(notify=lambda reason, _message: told.append(reason))
+    assert told == ["ImageIndexUnreadable"]
     assert store.list() == ()
     assert (store._folder / "index.db.unreadable").exists()
     assert (await store.pull(f"{odd.address}/a:1", None)).repo_tags

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from dispatcher_images.config import ImagesConfig, is_loopback
-from dispatcher_images.endpoints import Endpoints
+from dispatcher_images.endpoints import Endpoint, Endpoints
 from dispatcher_images.plugin import plugin
 from dispatcher_images.reference import parse
+from dispatcher_images.registry_client import EndpointFailed, RegistryClient
 
 
 def urls(section: Mapping[str, object], text: str) -> list[str]:
@@ -88,6 +91,22 @@ def test_the_longest_prefix_counts_and_is_replaced_by_the_mirrors_path() -> None
 def test_loopback_is_what_the_kernel_says_not_what_a_name_looks_like() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1:5000", "127.9.9.9", "localhost:1", "[::1]:5000"))
     assert not any(is_loopback(host) for host in ("127.0.0.1.evil.io", "localhost.evil.io", "10.0.0.1", "0177.0.0.1"))
+
+
+def test_a_registry_elsewhere_may_not_send_us_to_this_node() -> None:
+    client = RegistryClient(ImagesConfig())
+    endpoint = Endpoint(url="https://r.example", repository="a", is_trusted=True)
+    remote = client.remote(parse("r.example/a:1"), None)
+    for target in ("https://127.0.0.1/x", "https://localhost:9/x", "https://[::1]/x"):
+        with pytest.raises(EndpointFailed, match="this node"):
+            remote._redirected(endpoint, endpoint.url, target)
+    assert remote._redirected(endpoint, "https://r.example/v2/a", "/b?c") == "https://r.example/b?c"
+
+
+def test_the_examples_of_the_documentation_are_valid() -> None:
+    page = (Path(__file__).parents[3] / "docs/images.md").read_text()
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    ImagesConfig.model_validate(yaml.safe_load(example)["plugins"]["images"])
 
 
 def test_the_plugin_offers_its_provider_and_checks_its_section() -> None:

@@ -49,6 +49,7 @@ class Index:
         self._path = path
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
+        self.set_aside: Path | None = None  # where an unreadable index went
 
     def open(self) -> Loaded:
         """Open or make the index and read all of it."""
@@ -59,6 +60,7 @@ class Index:
             aside = self._path.with_name(self._path.name + ".unreadable")
             log.error("the image index cannot be read and is set aside as %s: images are pulled anew: %s", aside, error)
             _set_aside(self._path, aside)
+            self.set_aside = aside
             return self._open()
 
     def close(self) -> None:

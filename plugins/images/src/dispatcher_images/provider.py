@@ -43,7 +43,8 @@ class OciImages:
         self._folder = Path(config.folder) if config.folder else services.state_dir
         content = Content(self._folder)
         self._workers = Workers(config.workers, config.worker_deadline_s)
-        self._store = ImageStore(content, Index(self._folder / "index.db"), config.pinned, config.platforms)
+        self._index = Index(self._folder / "index.db")
+        self._store = ImageStore(content, self._index, config.pinned, config.platforms)
         self._client = RegistryClient(config)
         self._puller = Puller(config, self._store, self._client, self._workers)
         self._puller.listeners.append(self._count)
@@ -66,6 +67,10 @@ class OciImages:
     async def start(self, leases: tuple[tuple[str, ImageId], ...]) -> None:
         """Open the store and sweep what a crash left."""
         await self._store.open(leases)
+        if self._index.set_aside is not None:
+            self._services.notify(
+                "ImageIndexUnreadable", f"Images are pulled anew; the old index is {self._index.set_aside}."
+            )
         self._spawn(self._forget_for_ever())
         self._spawn(in_thread(self._store.content.empty_garbage))
 
