@@ -24,6 +24,7 @@ from dispatcher.api import (
     Process,
     RuntimeFeatures,
     RuntimeHealth,
+    Sizer,
 )
 from dispatcher.model import (
     Change,
@@ -73,6 +74,7 @@ class FakeRuntime:
         isolation: Isolation = Isolation.SANDBOXED,
         option_keys: Iterable[str] = (),
         features: RuntimeFeatures | None = None,
+        sizer: Sizer | None = None,
     ) -> None:
         self.engine = engine
         self.name = name
@@ -80,6 +82,7 @@ class FakeRuntime:
         self.version = "1.0"
         self.option_keys = frozenset(option_keys)
         self._features = features or RuntimeFeatures()
+        self._sizer = sizer
 
     @_entered
     async def start(self) -> None:
@@ -99,8 +102,9 @@ class FakeRuntime:
     @_entered
     async def create_pod(self, pod: PodRef) -> CreatedPod:
         """See Runtime.create_pod."""
+        vcpus = self._sizer.size(pod.spec).vcpus if self._sizer is not None else 1
         await self.engine.create_pod(pod)
-        return CreatedPod(facts={"engine_id": f"pod-{pod.id[:12]}"})
+        return CreatedPod(facts={"engine_id": f"pod-{pod.id[:12]}", "vcpus": vcpus})
 
     @_entered
     async def stop_pod(self, pod: PodRef) -> None:
@@ -263,7 +267,7 @@ USUAL = frozenset(ABILITIES) - {CanTrimOutput}
 def make_runtime(engine: FakeEngine | None = None, *, abilities: Iterable[type] = USUAL, **fields: Any) -> FakeRuntime:
     """Return a runtime with exactly these abilities, on an engine of its own unless one is given.
 
-    `fields` are those of FakeRuntime: name, isolation, option_keys, features.
+    `fields` are those of FakeRuntime: name, isolation, option_keys, features, sizer.
     """
     mixins = tuple(ABILITIES[ability] for ability in sorted(set(abilities), key=lambda ability: ability.__name__))
     kind: type[FakeRuntime] = type("FakeRuntime", (*mixins, FakeRuntime), {})

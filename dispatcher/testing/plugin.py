@@ -40,26 +40,29 @@ class FakePlugin:
 
     API = (1, 0)
 
-    def __init__(self, name: str = "fake", engine: FakeEngine | None = None) -> None:
+    def __init__(self, name: str = "fake", engine: FakeEngine | None = None, subnet: str = "10.88.0.0/16") -> None:
         self.name = name
         self.made: list[Any] = []
         self._engine = engine
+        self._subnet = subnet
 
     def register(self, registrar: Registrar) -> None:
         """Offer everything."""
         registrar.runtime(self.name, self._make_runtime)
-        registrar.network(self.name, lambda _section, _services: self._keep(FakeNetwork(name=self.name)))
+        registrar.network(
+            self.name, lambda _section, _services: self._keep(FakeNetwork(name=self.name, subnet=self._subnet))
+        )
         registrar.images(self.name, lambda _section, _services: self._keep(FakeImages(name=self.name)))
         registrar.sizer(self.name, lambda _section, _services: self._keep(FakeSizer(name=self.name)))
         registrar.streaming(self.name, lambda _section, _services: self._keep(FakeStreaming(name=self.name)))
         registrar.check_section(check_section)
 
-    def _make_runtime(self, section: Section, services: Services) -> FakeRuntime:  # noqa: ARG002
+    def _make_runtime(self, section: Section, services: Services) -> FakeRuntime:
         check_section(section)
         engine = self._engine or FakeEngine()
         for method in section.get("fail", ()):
             engine.fail(method, RuntimeDown(f"The fake runtime was told to fail in {method}."))
-        return self._keep(make_runtime(engine, **_fields(self.name, section)))
+        return self._keep(make_runtime(engine, sizer=services.sizer, **_fields(self.name, section)))
 
     def _keep(self, made: T) -> T:
         self.made.append(made)

@@ -2,4 +2,4 @@
 
 from dispatcher.testing import FakePlugin
 
-plugin = FakePlugin("other")
+plugin = FakePlugin("other", subnet="10.99.0.0/16")
