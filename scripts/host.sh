@@ -165,11 +165,12 @@ is_used() { # PACKAGE: has somebody come to use it for something of their own?
   if [ -n "$folder" ] && [ -d "$folder" ] && [ -n "$(ls -A "$folder")" ]; then
     say "keeping $1: $folder holds data"; return 0
   fi
-  local file
+  local file exe
   for file in $(dpkg -L "$1" 2>/dev/null | grep -E '^/usr/s?bin/'); do
-    if find /proc/[0-9]*/exe -maxdepth 0 -lname "$file" 2>/dev/null | grep -q .; then
-      say "keeping $1: $file is running"; return 0
-    fi
+    for exe in $(find /proc/[0-9]*/exe -maxdepth 0 -lname "$file" 2>/dev/null); do
+      # The same file, not only the same name: containers have programs of that name, too.
+      if [ "$exe" -ef "$file" ]; then say "keeping $1: $file is running"; return 0; fi
+    done
   done
   return 1
 }

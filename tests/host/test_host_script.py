@@ -156,7 +156,7 @@ def test_removes_the_policy_of_a_killed_run(machine: Machine) -> None:
 
 
 def test_keeps_what_came_into_use(machine: Machine) -> None:
-    """`clean` keeps a package whose data folder somebody has filled, and removes it once the data is gone."""
+    """`clean` keeps a package whose data folder somebody has filled, or that runs, and removes it afterwards."""
     out = machine.run(f"""
         rm -f {POLICY}
         host install demo
@@ -164,10 +164,17 @@ def test_keeps_what_came_into_use(machine: Machine) -> None:
         host clean
         command -v {PACKAGE}
         rm -rf /var/lib/{PACKAGE}
+        printf 'version: 0.1\\nstorage: {{inmemory: {{}}}}\\nhttp: {{addr: 127.0.0.1:0}}\\n' >/tmp/registry.yml
+        {PACKAGE} serve /tmp/registry.yml >/dev/null 2>&1 &
+        until [ /proc/$!/exe -ef /usr/bin/{PACKAGE} ]; do sleep 0.05; done
         host clean
-        command -v {PACKAGE} || echo removed
+        command -v {PACKAGE}
+        kill $!
+        wait $! || true
+        host clean
+        ls /usr/bin/{PACKAGE} 2>/dev/null || echo removed
     """)
-    assert out.split() == [f"/usr/bin/{PACKAGE}", "removed"]
+    assert out.split() == [f"/usr/bin/{PACKAGE}", f"/usr/bin/{PACKAGE}", "removed"]
 
 
 def test_engine_from_elsewhere_counts(machine: Machine) -> None:
