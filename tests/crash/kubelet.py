@@ -32,7 +32,7 @@ class Kubelet:
     client: CriClient
     retries: int = 0
 
-    def call(self, method: str, request: Any, *, limit_s: float = 120) -> Any:
+    def call(self, method: str, request: Any, *, limit_s: float = 300) -> Any:
         """Call until it succeeds. Bounded in time; other errors than those of a dead daemon are raised."""
         end = time.monotonic() + limit_s
         while True:

@@ -73,7 +73,7 @@ def test_random_kills_under_load(
         running = [pool.submit(worker.run) for worker in workers]
         try:
             for kill in range(kills):
-                time.sleep(chance.uniform(0.0, 1.5))
+                time.sleep(chance.uniform(0.0, 4.0))
                 current.kill()
                 supervisor.wait_for(kill + 1)
                 if any(future.done() for future in running):
