@@ -170,7 +170,7 @@ async def test_the_chosen_providers_do_the_work(load: Load) -> None:
     await registry.start(lambda: ())
     plan = registry.network.plan(make_pod_id(), POD, "/run/netns/x")
     assert plan.plugin == "other"
-    assert (await registry.network.add(plan)).ips == ("10.88.0.1",)
+    assert (await registry.network.add(plan)).ips == ("10.99.0.1",)
     image = await registry.images.pull("busybox", None)
     assert registry.images.find("busybox") == image
     assert registry.sizer is not None
