@@ -86,7 +86,8 @@ async def test_killed_with_live_restore(own: World, busybox: str) -> None:
     assert lines == [b"line %d\n" % number for number in range(3000)]
     await stream.aclose()  # type: ignore[attr-defined]
     ended = await own.until_seen(ending, Liveness.EXITED)
-    assert ended.exit_code == 5
+    # Engines from 25 on lose the code of what ended while their containerd was down: then they do not get one.
+    assert (ended.exit_code, ended.reason) in ((5, ""), (None, "EngineRestarted"))
     snapshot = await own.runtime.inspect((pod,), (writer,))
     assert (snapshot.pods[0].liveness, snapshot.containers[0].liveness) == (Liveness.RUNNING, Liveness.RUNNING)
     assert [own.engine.inspect(f"cri_{item.id}")["State"]["Pid"] for item in (pod, writer)] == pids[:2]

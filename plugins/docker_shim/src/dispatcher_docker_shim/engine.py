@@ -44,7 +44,7 @@ class EngineLink:
         )
         self.copies: EngineImages | None = None
         self.traits: EngineTraits | None = None
-        self.age = EngineAge()
+        self._age = EngineAge()
         self.notes: set[str] = set()
         self._process = (0, 0)
         self._pause_problem = ""
@@ -87,6 +87,17 @@ class EngineLink:
             raise NotSupported("the Docker runtime was given no image provider")
         return self.copies
 
+    @property
+    def age(self) -> EngineAge:
+        """What facts are judged by.
+
+        Raises:
+            EngineAway: the engine's process is another one than was met: its answers cannot be judged yet.
+        """
+        if self._process[0] and not host.is_running(*self._process):
+            raise EngineAway("the Docker Engine restarted and has not been met again yet")
+        return self._age
+
     async def probe(self) -> RuntimeHealth:
         """Ping, and judge what is known of the engine. Answers within the ping's deadline; never raises."""
         try:
@@ -128,7 +139,7 @@ class EngineLink:
             rlimit_caps=host.rlimit_caps(pid) if pid else {},
         )
         self._process = process
-        self.age = EngineAge(
+        self._age = EngineAge(
             started_at_ns=host.started_at_ns(pid) if pid else 0,
             live_restore=self.traits.live_restore,
         )

@@ -94,9 +94,9 @@ class EngineFacts:
         """True when a container will write no more; False as well while the engine is away."""
         try:
             found = await self._link.client.find(name)
+            return found is None or container_facts(found, self._link.age).liveness is Liveness.EXITED
         except RuntimeDown:
             return False  # a short absence is waited out: the next subscription asks again
-        return found is None or container_facts(found, self._link.age).liveness is Liveness.EXITED
 
     async def _of_all(self) -> Snapshot:
         rows = await self._link.client.list_by_labels({naming.NODE_LABEL: self._node_uuid})

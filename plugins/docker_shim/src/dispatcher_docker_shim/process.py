@@ -12,11 +12,10 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, RuntimeDown
+from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, RuntimeDown, WrongState
 from dispatcher_docker_shim import host
 from dispatcher_docker_shim.docker_client import DockerClient
 from dispatcher_docker_shim.engine_stream import EngineSocket, HijackedStream, demultiplex
-from dispatcher_docker_shim.errors import EngineConflict
 
 _DRAIN_S = 3.0  # the engine itself closes an exec's streams two seconds after the exit
 _CODE_DEADLINE_S = 10.0
@@ -130,7 +129,7 @@ class ExecProcess:
     async def resize(self, width: int, height: int) -> None:
         if not self._tty or not (0 < width < 65536 and 0 < height < 65536):
             return
-        with contextlib.suppress(NotFound, EngineConflict, InvalidRequest):
+        with contextlib.suppress(NotFound, WrongState, InvalidRequest):
             await self._client.resize_exec(self._id, width, height)
 
     async def wait(self) -> int:

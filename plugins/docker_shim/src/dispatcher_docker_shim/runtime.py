@@ -124,7 +124,11 @@ class DockerRuntime:
                 raise WrongState("the pod's pause container did not enter the pod's network namespace")
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.1)
-        code = (await self._client.inspect(name))["State"].get("ExitCode")
+        while (state := (await self._client.inspect(name))["State"]).get("Running"):
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.02)  # the kernel tells of the exit before the engine does
+        code = state.get("ExitCode")
         why = _PAUSE_EXITS.get(int(code or 0), f"it ended with code {code}")
         raise WrongState(f"the pod's pause container does not run: {why}")
 
