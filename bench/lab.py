@@ -126,12 +126,12 @@ def main() -> int:
             results = cri.run(sockets, plan, BUSYBOX, lambda text: print(f"bench: {text}", file=sys.stderr, flush=True))
             names = [socket.name for socket in sockets]
             report = cri.summary(results, names)
+            if args.output == "json":
+                print(json.dumps(report, indent=2), flush=True)
+            else:
+                cri.show(report, names)
     except PartMissingError as missing:
         raise SystemExit(f"bench: {missing}") from missing
-    if args.output == "json":
-        print(json.dumps(report, indent=2))
-    else:
-        cri.show(report, names)
     return 0
 
 

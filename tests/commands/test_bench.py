@@ -47,10 +47,10 @@ def test_a_small_run(node: Callable[..., Node], test_images: TestImages) -> None
         "full relist (2)",
     } <= names
     assert report["measurements"]["full relist (2)"]["floor"]["n"] == 2
-    assert report["measurements"]["recovery after kill -9 (ms)"]["dispatcher"]["n"] == 1
+    assert report["measurements"]["recovery after kill -9 (2)"]["dispatcher"]["n"] == 1
     assert {"  of it our own", "  of it docker.create_pod", "  of it cni.add"} <= names
     assert next(value for name, value in report["facts"].items() if name.startswith("stale"))["dispatcher"] == 0
-    assert report["facts"]["memory"]["dispatcher"]["rss_mib"] > 10
+    assert report["facts"]["memory with 2 pods"]["dispatcher"]["rss_mib"] > 10
     assert own.client().pods() == []
 
     # What the benchmark started again is not the node's own child.
