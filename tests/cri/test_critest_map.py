@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from tests.cri.critest_map import MAP
 
 HERE = Path(__file__).parent

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = [ROOT / "dispatcher", *sorted((ROOT / "plugins").glob("*/src"))]
 # The failpoints themselves; clients and shipped fakes, which are not the daemon; logging and metrics, which only speak.
 # The image worker is a process of its own: the failpoint stands around starting it.
-LEFT_OUT = ("dispatcher/effects.py", 
+LEFT_OUT = (
+    "dispatcher/effects.py",
     "plugins/images/src/dispatcher_images/unpack.py",
     "plugins/images/src/dispatcher_images/worker.py",
     "dispatcher/commands/",
