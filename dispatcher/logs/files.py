@@ -31,7 +31,7 @@ class LogFile:
         return os.fstat(self.fd).st_size
 
     def write(self, data: bytes) -> None:
-        """Append everything, in order. A record goes out in one write(2), so that a tailing reader sees whole lines.
+        """Append everything, in order. A record goes out in one system call, so that a tailing reader sees whole lines.
 
         Raises OSError (disk full); what was written until then stays and is counted by `size`.
         """
