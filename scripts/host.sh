@@ -48,7 +48,8 @@ packages() { # every package of this architecture that is installed, even half
     awk -v native="$native" '$1 != "not-installed" && $1 != "config-files" && ($2 == native || $2 == "all") { print $3 }' | sort -u
 }
 
-is_installed() { packages | grep -qxF -- "$1"; }
+# No `grep -q` behind a pipe: it leaves early, and with pipefail the writer's SIGPIPE would count as "not found".
+is_installed() { packages | grep -xF -- "$1" >/dev/null; }
 
 missing_for() { # SCOPE
   local scope kind what package
@@ -193,7 +194,7 @@ clean() {
     [ -n "$others" ] || break
     local rest=()
     for package in "${remove[@]}"; do
-      if comm -12 <(removal_of "$package" | sort -u) <(printf '%s\n' "$others") | grep -q .; then
+      if comm -12 <(removal_of "$package" | sort -u) <(printf '%s\n' "$others") | grep . >/dev/null; then
         keep+=("$package"); again=1
       else
         rest+=("$package")
@@ -218,7 +219,7 @@ clean() {
       if [ "$kind" = user ] && getent passwd "$name" >/dev/null; then userdel "$name" 2>/dev/null || true; fi
     done <"$ACCOUNTS"
     while read -r kind name; do
-      if [ "$kind" = group ] && getent group "$name" | grep -q ':$'; then groupdel "$name" 2>/dev/null || true; fi
+      if [ "$kind" = group ] && getent group "$name" | grep ':$' >/dev/null; then groupdel "$name" 2>/dev/null || true; fi
     done <"$ACCOUNTS"
   fi
   rm -rf "$STATE_DIR"
