@@ -76,7 +76,11 @@ def test_service_names() -> None:
 def test_rpcs(service: str) -> None:
     """Each service has the table's RPCs, with their messages and streaming flags, and no others."""
     compiled = [
-        {"rpc": method.name, "request": short(method.input_type.full_name), "response": short(method.output_type.full_name)}
+        {
+            "rpc": method.name,
+            "request": short(method.input_type.full_name),
+            "response": short(method.output_type.full_name),
+        }
         | ({"client_streaming": True} if method.client_streaming else {})
         | ({"server_streaming": True} if method.server_streaming else {})
         for method in FILE.services_by_name[service].methods
