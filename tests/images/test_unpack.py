@@ -156,6 +156,12 @@ async def test_names_that_are_no_utf8_survive(bench: Bench) -> None:
     assert os.listdir(os.fsencode(root)) == [b"caf\xe9"]
 
 
+async def test_metadata_of_aufs_is_left_out(bench: Bench) -> None:
+    root = await bench.unpack(Tar().add(".wh..wh.plnk/1.2", b"x").add(".wh..wh.aufs").add("a", b"1"))
+    assert os.listdir(root) == ["a"]
+    assert bench.reply["skipped"] == {"aufs metadata": 2}
+
+
 async def test_an_empty_layer_is_one(bench: Bench) -> None:
     assert os.listdir(await bench.unpack(b"", gzip.compress(bytes(1024)), Tar())) == []
 
@@ -176,6 +182,8 @@ async def test_figures_are_those_of_the_tree(bench: Bench) -> None:
         Tar().add("a/..", kind=tarfile.DIRTYPE),
         Tar().link("stolen", "../outside/file"),
         Tar().link("stolen", "/../../outside/file"),
+        Tar().add("d/.wh.x/below", b"x"),
+        Tar().folder("d/.wh.x/below"),
         Tar().add("d/.wh..."),
         Tar().add("d/.wh.."),
         Tar().add("d/.wh."),

@@ -97,6 +97,11 @@ class Unpacker:
             self._set_attributes("/", entry)
             self._folder_times["/"] = _time_ns(entry)
             return
+        if any(part.startswith(_AUFS_METADATA) for part in parts[:-1]):
+            self.report.skip("aufs metadata")
+            return
+        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+            raise BadImage("a layer holds a path below a whiteout")
         self._enter(parts[:-1])
         name = parts[-1]
         if name.startswith(_WHITEOUT):
