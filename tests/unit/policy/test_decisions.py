@@ -240,3 +240,9 @@ def test_hostile_text_is_shortened_and_made_harmless() -> None:
     shown = explain(found, PodFacts(name="n\x1b[2J" * 100, labels={"a": "\x1b[31m" * 10000})).as_dict()
     assert "\x1b" not in str(shown)
     assert len(str(shown)) < 2000
+
+
+def test_a_long_value_cannot_make_a_pattern_slow() -> None:
+    """Annotations may hold 256 KiB that a user chose to be as unfavourable as possible."""
+    found = policy("rules: [{name: r, match: {annotations: {a: '*a*a*a*a*a*a*b'}}, refuse: no}]\ndefault: docker")
+    assert not decide(found, PodFacts(annotations={"a": "a" * (256 << 10)})).is_refused
