@@ -19,6 +19,8 @@ from dispatcher_docker_shim.engine_stream import EngineSocket, HijackedStream, d
 
 _DRAIN_S = 3.0  # the engine itself closes an exec's streams two seconds after the exit
 _CODE_DEADLINE_S = 10.0
+_UNREAD_S = 4.0
+_KILLED, _NOT_EXECUTED = 137, 126
 
 
 async def start_exec(
@@ -73,6 +75,7 @@ class ExecProcess:
         self._closed = False
         self._first: asyncio.Task[bytes] | None = None
         self._code: int | None = None
+        self._killed = False
 
     async def has_started(self) -> bool:
         """Wait until the process runs (or ran); False when it could not be executed."""
@@ -115,8 +118,13 @@ class ExecProcess:
             drain.cancel()
 
     async def _cut_after_exit(self) -> None:
-        """End the output some time after the exit, should a child hold the pipe."""
+        """End the output some time after the exit, should a child hold the pipe.
+
+        First the engine has to tell the exit code: an older one makes it 126 when its client leaves too early.
+        """
         await self._wait_end()
+        with contextlib.suppress(DispatcherError):
+            self._code = self._code if self._code is not None else await self._exit_code(deadline_s=_UNREAD_S)
         await asyncio.sleep(_DRAIN_S)
         self._stream.stop_reading()
 
@@ -135,14 +143,23 @@ class ExecProcess:
     async def wait(self) -> int:
         if self._code is None:
             await self._wait_end()
-            self._code = await self._exit_code()
+            try:
+                code = await self._exit_code(deadline_s=_UNREAD_S if self._killed else _CODE_DEADLINE_S)
+            except RuntimeDown:
+                if not self._killed:
+                    raise
+                # A newer engine tells the exit only once all output is read, and nobody reads. Leaving it may make it
+                # 126, which no process had: this one was killed.
+                self._stream.stop_reading()
+                code = await self._exit_code()
+                code = _KILLED if code == _NOT_EXECUTED else code
+            self._code = code
         return self._code
 
     async def kill(self) -> None:
         if self._root is not None and self._pidfd is not None:
+            self._killed = True
             await asyncio.to_thread(host.kill_tree, self._root, self._pidfd)
-            # Newer engines tell the exit only once all output is read, and nobody may be reading.
-            self._stream.stop_reading()
 
     async def aclose(self) -> None:
         if self._closed:
