@@ -205,6 +205,9 @@ async def test_engine_copy_goes_with_the_image(world: World) -> None:
         return [tag for row in world.engine.images() for tag in row["RepoTags"] or () if image.id[7:] in tag]
 
     assert len(copies()) == 1
+    engine = world.runtime._link.need_copies()
+    before = (await engine.copies_disk_usage())[0].used_bytes
+    assert before > 0
     await world.images.remove(reference)
     assert len(copies()) == 1
     await world.runtime.remove_container(container)
@@ -212,4 +215,5 @@ async def test_engine_copy_goes_with_the_image(world: World) -> None:
     async with asyncio.timeout(10):
         while copies():
             await asyncio.sleep(0.02)
+    assert (await engine.copies_disk_usage())[0].used_bytes < before
     await world.remove_pod(pod)

@@ -107,7 +107,7 @@ class DockerClient:
 
     async def list_images(self, repository: str) -> list[Json]:
         """Images with a tag in `repository`."""
-        return await self._call("list images", lambda c: c.images(filters={"reference": f"{repository}/*"}))
+        return await self._call("list images", lambda c: c.images(filters={"reference": repository}))
 
     async def inspect_exec(self, exec_id: str) -> Json:
         """State of an exec."""

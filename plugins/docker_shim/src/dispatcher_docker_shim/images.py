@@ -67,8 +67,7 @@ class EngineImages:
         """Sum of the copies as the engine counts them; layers that two share are counted twice."""
         import time
 
-        repository = f"{self._repository}/{naming.image_tag('', self._node_uuid, ImageId('')).strip('/:')}"
-        rows = await self._client.list_images(repository)
+        rows = await self._client.list_images(naming.image_repository(self._repository, self._node_uuid))
         used = sum(int(row.get("Size") or 0) for row in rows)
         return (FilesystemUsage(timestamp_ns=time.time_ns(), mountpoint=self.root_dir, used_bytes=used, inodes_used=0),)
 

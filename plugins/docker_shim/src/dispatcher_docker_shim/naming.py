@@ -46,5 +46,10 @@ def is_ours(object_labels: Mapping[str, str] | None, node_uuid: str) -> bool:
 
 
 def image_tag(repository: str, node_uuid: str, image_id: ImageId) -> str:
-    """The engine's name for its copy of an image; the node's uuid keeps two dispatchers apart on one engine."""
-    return f"{repository}/{node_uuid.replace('-', '')[:12].lower()}:{image_id.removeprefix('sha256:')}"
+    """The engine's name for its copy of an image."""
+    return f"{image_repository(repository, node_uuid)}:{image_id.removeprefix('sha256:')}"
+
+
+def image_repository(repository: str, node_uuid: str) -> str:
+    """The repository of this node's copies; the uuid keeps two dispatchers apart on one engine."""
+    return f"{repository}/{node_uuid.replace('-', '')[:12].lower()}"
