@@ -57,7 +57,7 @@ missing_for() { # SCOPE
     [ -n "$scope" ] || continue
     [ "$scope" = demo ] || [ "$1" = test ] || continue
     case $kind in
-      command) PATH=$PATH:/usr/sbin:/sbin command -v "$what" >/dev/null || echo "$package" ;;
+      command) PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin command -v "$what" >/dev/null || echo "$package" ;;
       file) [ -e "$what" ] || echo "$package" ;;
       package) is_installed "$what" || echo "$package" ;;
     esac
