@@ -4,6 +4,9 @@ Theory of operation. A `Remote` serves one pull with one caller's credentials, s
 never used for another pod. It asks the endpoints of its reference in turn. Redirects are followed by hand: the
 authorization header stays with the host that it was made for, TLS is never left, and each host gets its own
 certificates. Bodies arrive as sent (no content decoding), since digests are over those bytes.
+
+aiohttp is imported where it is used: that takes longer than everything else of this plugin, and a daemon that starts again
+has pods to take over first.
 """
 
 from __future__ import annotations
@@ -16,11 +19,8 @@ import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urljoin, urlsplit
-
-import aiohttp
-from yarl import URL
 
 from dispatcher.errors import PullFailed
 from dispatcher.model import Credentials
@@ -30,6 +30,9 @@ from dispatcher_images.endpoints import Endpoint, Endpoints
 from dispatcher_images.manifest import Descriptor
 from dispatcher_images.reference import Reference
 from dispatcher_images.registry_auth import ANONYMOUS, Challenge, Login, login_for, parse_challenges, realm_problem
+
+if TYPE_CHECKING:
+    import aiohttp
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class BlobBody:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the bytes as they arrive. Raises EndpointFailed (transient) when the connection breaks."""
+        import aiohttp
+
         try:
             async for chunk in self._response.content.iter_chunked(_CHUNK):
                 yield chunk
@@ -98,6 +103,8 @@ class RegistryClient:
 
     def session(self) -> aiohttp.ClientSession:
         """The shared session, made at first use, on the loop that uses it."""
+        import aiohttp
+
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(
@@ -247,6 +254,9 @@ class Remote:
     async def _request(
         self, method: str, url: str, headers: Mapping[str, str], form: Mapping[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        import aiohttp
+        from yarl import URL
+
         parts = urlsplit(url)
         tls: ssl.SSLContext | bool = True
         if parts.scheme == "https":
@@ -302,6 +312,8 @@ class Remote:
             }
             request = self._request("POST", challenge.realm, {}, form)
         else:
+            from yarl import URL
+
             query = {"scope": scope} | ({"service": challenge.service} if challenge.service else {})
             url = str(URL(challenge.realm).update_query(query))
             request = self._request("GET", url, {"Authorization": login.basic} if login.basic else {})
@@ -355,6 +367,8 @@ def _raise_for_status(response: aiohttp.ClientResponse, endpoint: Endpoint) -> N
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    import aiohttp
+
     content = bytearray()
     try:
         async for chunk in response.content.iter_chunked(_CHUNK):
