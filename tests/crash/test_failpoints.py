@@ -1,8 +1,11 @@
 """`kill -9` of the daemon before and after every act on the outside world: the retry finishes what was begun.
 
 The failpoints are collected from a run (a trace of the whole life of a pod), so a new one is covered as soon as it is
-passed. For each one the daemon is killed there once, started again, and the same pod's life goes on. The soak run kills
-at every passage of each one instead of the first: before and after each single commit of a record, above all.
+passed. For each one the daemon is killed there once, started again, and the same pod's life goes on.
+
+Between the end of one act and the beginning of the next nothing durable happens, so "before" an act is the same moment
+as "after" the one in front of it; the usual run kills after each act, and before the first. The soak run kills before
+and after each act, at every passage of it: around each single commit of a record, above all.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def trace_of(node: Node, folder: Path, *, every_passage: bool) -> list[str]:
     points = []
     for name in trace.read_text().split():
         passages[name] += 1
-        if passages[name] == 1 or every_passage:
+        is_chosen = passages[name] == 1 and (name.endswith(":after") or not points)
+        if is_chosen or every_passage:
             points.append(f"{name}=kill@{passages[name]}")
     return points
 
@@ -62,7 +66,7 @@ def test_killed_at_every_failpoint(
 ) -> None:
     current = node()
     points = trace_of(current, tmp_path, every_passage=every_passage)
-    assert len(points) > 40, points
+    assert len(points) > 30, points
     not_hit = []
     for number, point in enumerate(points):
         current.stop()

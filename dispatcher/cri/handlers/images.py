@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 
+from dispatcher.api import CanReportFootprint
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import convert, validate
 from dispatcher.deps import Deps
-from dispatcher.errors import InvalidRequest
-from dispatcher.model import Credentials, Image
+from dispatcher.errors import DispatcherError, InvalidRequest
+from dispatcher.model import Credentials, FilesystemUsage, Image
+
+log = logging.getLogger(__name__)
 
 
 async def list_images(request: pb.ListImagesRequest, deps: Deps) -> pb.ListImagesResponse:
@@ -71,8 +76,29 @@ async def remove(request: pb.RemoveImageRequest, deps: Deps) -> pb.RemoveImageRe
 
 async def fs_info(request: pb.ImageFsInfoRequest, deps: Deps) -> pb.ImageFsInfoResponse:
     """Disk use. Also the clients' check that the image service lives: it answers for an empty store too."""
-    disk = await deps.images.disk()
+    disk, containers = await asyncio.gather(deps.images.disk(), _container_filesystems(deps))
     return pb.ImageFsInfoResponse(
         image_filesystems=[convert.filesystem(f) for f in disk.image_filesystems],
-        container_filesystems=[convert.filesystem(f) for f in disk.container_filesystems],
+        # The kubelet takes an empty list for a fault; before any runtime has told, the store's own answer stands.
+        container_filesystems=[convert.filesystem(f) for f in containers or disk.container_filesystems],
     )
+
+
+async def _container_filesystems(deps: Deps) -> list[FilesystemUsage]:
+    """What writable layers take, by mount point, as the runtimes tell; one that cannot be asked is left out."""
+    totals: dict[str, tuple[int, int]] = {}
+    for runtime in deps.registry.runtimes():
+        if not isinstance(runtime, CanReportFootprint):
+            continue
+        try:
+            usage = await runtime.disk_usage()
+        except DispatcherError as error:
+            log.warning("no disk usage", extra={"runtime": runtime.name, "cause": error.message})
+            continue
+        for mountpoint, (used, inodes) in usage.items():
+            before = totals.get(mountpoint, (0, 0))
+            totals[mountpoint] = (before[0] + used, before[1] + inodes)
+    return [
+        FilesystemUsage(timestamp_ns=deps.now_ns(), mountpoint=mountpoint, used_bytes=used, inodes_used=inodes)
+        for mountpoint, (used, inodes) in sorted(totals.items())
+    ]

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from dispatcher.api import ImageProvider, effect
+from dispatcher.errors import RuntimeDown
 from dispatcher.model import FilesystemUsage, ImageId
 from dispatcher_docker_shim import naming
 from dispatcher_docker_shim.docker_client import DockerClient
@@ -58,10 +59,16 @@ class EngineImages:
         self._known.clear()
 
     async def forget_image(self, image_id: ImageId) -> None:
-        """Remove the engine's copy. Idempotent. One that a container still uses stays until it is asked again."""
+        """Remove the engine's copy. Idempotent.
+
+        Raises:
+            RuntimeDown: the engine is away, or a container still uses the copy: ask again.
+        """
         self._known.discard(image_id)
-        with contextlib.suppress(EngineConflict):
+        try:
             await self._client.remove_image(self.tag(image_id))
+        except EngineConflict as error:
+            raise RuntimeDown("A container still uses the engine's copy of the image.") from error
 
     async def copies_disk_usage(self) -> tuple[FilesystemUsage, ...]:
         """Sum of the copies as the engine counts them; layers that two share are counted twice."""
