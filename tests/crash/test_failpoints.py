@@ -40,7 +40,7 @@ def trace_of(node: Node, folder: Path, *, every_passage: bool) -> list[str]:
     life.end()
     node.stop()
     passages: Counter[str] = Counter()
-    points = []
+    points: list[str] = []
     for name in trace.read_text().split():
         passages[name] += 1
         is_chosen = passages[name] == 1 and (name.endswith(":after") or not points)
