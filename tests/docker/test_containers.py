@@ -164,8 +164,8 @@ async def test_facts_come_back_after_a_restart_of_the_daemon(world: World, busyb
     assert ended.exit_code == 9
     async with world.news:
         await world.news.wait_for(lambda: world.snapshots)
-    assert {fact.id for fact in world.snapshots[0].containers} == {lasting.id, ending.id}
-    assert [fact.id for fact in world.snapshots[0].pods] == [pod.id]
+    assert {fact.id for fact in world.snapshots[0].containers} >= {lasting.id, ending.id}
+    assert pod.id in [fact.id for fact in world.snapshots[0].pods]
     nameless = replace(lasting, facts={})
     assert (await world.runtime.stop_container(nameless, 0)).exit_code == 137
     await world.remove_pod(pod)

@@ -9,7 +9,7 @@ import pytest
 from dispatcher.model import Liveness
 from dispatcher_docker_shim.naming import labels
 from dispatcher_docker_shim.observe import EngineAge, container_facts, pod_facts
-from dispatcher_docker_shim.oom import OomWitness
+from dispatcher_docker_shim.oom import KernelLog, OomWitness, find_victims
 
 T0 = 1_795_423_578_000_000_000  # 2026-11-23T08:46:18Z
 MINUTE = 60 * 1_000_000_000
@@ -81,7 +81,7 @@ def test_other_states() -> None:
 def test_oom_witness_waits_only_after_a_kill_of_the_kernel() -> None:
     """An exit by SIGKILL waits for the engine's flag when the kernel's count rose just now, and not for long."""
     count, clock = [5], [100.0]
-    witness = OomWitness(1.0, count=lambda: count[0], clock=lambda: clock[0])
+    witness = OomWitness(1.0, count=lambda: count[0], clock=lambda: clock[0], log=KernelLog("/dev/null"))
     killed = {"Status": "exited", "ExitCode": 137, "OOMKilled": False}
     assert not witness.may_be_late("a", killed)
     count[0] = 6
@@ -93,3 +93,40 @@ def test_oom_witness_waits_only_after_a_kill_of_the_kernel() -> None:
     assert not witness.may_be_late("b", killed)
     clock[0] += 10
     assert not witness.may_be_late("b", killed)
+    witness.close()
+
+
+VICTIM = "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=x,oom_memcg=/a,task_memcg={},task={},pid=7,uid=0"
+ID, OTHER = "c" * 64, "d" * 64
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ("6,1,2,-;" + VICTIM.format(f"/kubepods/pod1/{ID}", "dd"), {ID}),
+        ("6,1,2,-;" + VICTIM.format(f"/kubepods.slice/docker-{ID}.scope/inner", "dd"), {ID}),
+        ("6,1,2,-;" + VICTIM.format("/system.slice/x.service", "dd"), set()),
+        ("6,1,2,-;" + VICTIM.format(f"/kubepods/{ID}", f"{OTHER},task="), {ID}),
+        ("14,1,2,-;" + VICTIM.format(f"/kubepods/{ID}", "dd"), set()),  # written by a process into the log
+        ("6,1,2,-;a process named " + VICTIM.format(f"/kubepods/{ID}", "dd"), set()),
+        ("junk", set()),
+    ],
+)
+def test_victims_in_the_kernels_log(record: str, expected: set[str]) -> None:
+    """The kernel's own record of a kill names the container; nobody else can."""
+    assert find_victims([record.encode()]) == expected
+
+
+def test_engine_that_missed_the_kill_is_corrected() -> None:
+    """What the kernel tells is added to the engine's word, before anybody sees the exit."""
+
+    class Log(KernelLog):
+        def read(self) -> list[bytes]:
+            return [b"6,1,2,-;" + VICTIM.format(f"/kubepods/{ID}", "dd").encode()]
+
+    witness = OomWitness(1.0, count=lambda: 1, log=Log("/dev/null"))
+    for engine_id, expected in ((ID, True), (OTHER, False)):
+        found = {**described(ExitCode=137), "Id": engine_id}
+        witness.complete(found)
+        assert container_facts(found, OLD_ENGINE).oom_killed is expected
+    witness.close()

@@ -81,6 +81,7 @@ class EngineFacts:
         """Inspect, waiting a moment where the engine may not have heard of an OOM kill yet. Raises EngineLacks."""
         while True:
             found = await self._link.client.inspect(name)
+            self._oom.complete(found)
             self._note_pid(name, found)
             if not self._oom.may_be_late(name, found["State"]):
                 return found
@@ -124,6 +125,7 @@ class EngineFacts:
             )
         if not naming.is_ours(found["Config"]["Labels"], self._node_uuid):
             return None
+        self._oom.complete(found)
         self._note_pid(name, found)
         if _is_pod(found):
             return Change(sequence=sequence, pod=pod_facts(found, self._link.age))
@@ -141,6 +143,9 @@ class EngineFacts:
                 return await self._link.client.find(name)
 
         results = await all_of(one(name) for name in names)
+        for found in results:
+            if found is not None:
+                self._oom.complete(found)
         return {name: found for name, found in zip(names, results, strict=True) if found is not None}
 
     def _pod(self, pod_id: PodId, found: Json | None) -> ObservedPod:

@@ -83,6 +83,7 @@ class DockerRuntime:
         await self._stopping.aclose()
         await self._link.aclose()
         self._folders.close()
+        self._oom.close()
 
     async def probe(self) -> RuntimeHealth:
         """Say whether pods can be made now."""
