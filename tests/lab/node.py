@@ -9,11 +9,12 @@ import ipaddress
 import itertools
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Node:
         self.config_path = self.root / "dispatcher.yaml"
         self.policy_path = self.root / "policy.yaml"
         self.bridge = bridge_of(self.root)
+        self.network = f"lab-{self.bridge}"
         self.subnet = _subnet()
         self._env = dict(env or {})
         self._clients: list[CriClient] = []
@@ -109,7 +111,7 @@ class Node:
         }
         bridge = {"type": "bridge", "bridge": self.bridge, "isGateway": True, "ipMasq": True, "ipam": ipam}
         portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
-        return {"cniVersion": "1.0.0", "name": f"lab-{self.bridge}", "plugins": [bridge, portmap]}
+        return {"cniVersion": "1.0.0", "name": self.network, "plugins": [bridge, portmap]}
 
     def write_conflist(self, conflist: Mapping[str, object], name: str = "10-lab.conflist") -> None:
         """Put a network configuration into the node's folder."""
@@ -210,39 +212,46 @@ class Node:
         keep_logs = os.environ.get("DISPATCHER_LAB_LOGS")
         if keep_logs and (self.root / "dispatcher.log").exists():
             shutil.copy(self.root / "dispatcher.log", Path(keep_logs) / f"{self.root.name}.log")
-        remove_cni_chains(cni_chains() - self._chains_before)
+        remove_network_rules(self.network, keep=self._chains_before)
         sweep(self.root)
 
 
 def cni_chains() -> set[tuple[str, str, str]]:
     """The chains of CNI plugins, as (program, table, chain)."""
-    found = set()
+    return {(program, table, line[1:].split()[0]) for program, table, line in _rules() if line.startswith(":CNI-")}
+
+
+def remove_network_rules(network: str, *, keep: set[tuple[str, str, str]]) -> None:
+    """Remove the rules and chains that CNI plugins made for one network, and nothing of another's.
+
+    Plugins share their top chains and never take them away. Those that are not in `keep` go as well, unless somebody
+    has a host port in them.
+    """
+    mark = f'name: \\"{network}\\"'
+    rules = list(_rules())
+    own = {(at[0], at[1], at[2].split()[1]) for at in rules if mark in at[2] and at[2].startswith("-A CNI-")}
+    own = {chain for chain in own if not chain[2].startswith("CNI-HOSTPORT-")}
+    in_use = {(program, line.split()[1]) for program, _table, line in rules if line.startswith("-A CNI-HOSTPORT-DNAT")}
+    for program in ("iptables", "ip6tables"):
+        if (program, "CNI-HOSTPORT-DNAT") not in in_use:
+            own |= {chain for chain in cni_chains() - keep if chain[0] == program and "-HOSTPORT-" in chain[2]}
+    for program, table, line in rules:
+        words = shlex.split(line)
+        leads_to_own = words[-2:-1] == ["-j"] and (program, table, words[-1]) in own
+        if words[0] == "-A" and (leads_to_own or mark in line):
+            _output([program, "-w", "-t", table, "-D", *words[1:]])
+    for flag in ("-F", "-X"):
+        for program, table, chain in own:
+            _output([program, "-w", "-t", table, flag, chain])
+
+
+def _rules() -> Iterator[tuple[str, str, str]]:
+    """Every line of the rule sets, as (program, table, line)."""
     for program in ("iptables", "ip6tables"):
         table = ""
         for line in _output([f"{program}-save"]):
-            if line.startswith("*"):
-                table = line[1:]
-            elif line.startswith(":CNI-"):
-                found.add((program, table, line[1:].split()[0]))
-    return found
-
-
-def remove_cni_chains(chains: set[tuple[str, str, str]]) -> None:
-    """Remove chains with the rules that lead to them. Plugins share their top chains and never take them away."""
-    for program, table, chain in chains:
-        for line in _output([program, "-w", "-t", table, "-S"]):
-            words = line.split()
-            if words[0] == "-A" and words[-2:] == ["-j", chain]:
-                _output([program, "-w", "-t", table, "-D", *_unquoted(words[1:])])
-        _output([program, "-w", "-t", table, "-F", chain])
-    for program, table, chain in chains:
-        _output([program, "-w", "-t", table, "-X", chain])
-
-
-def _unquoted(words: Sequence[str]) -> list[str]:
-    import shlex
-
-    return shlex.split(" ".join(words))
+            table = line[1:] if line.startswith("*") else table
+            yield program, table, line
 
 
 def _output(command: Sequence[str]) -> list[str]:
