@@ -28,6 +28,7 @@ demo: host-demo venv  ## Start a private engine, a registry and the endpoint, an
 	$(WHOLE) $(BIN)/python -m demo $(DEMO_ARGS)
 
 test: host-test venv lint types  ## Everything that decides whether a change may land
+	$(BIN)/python -m compileall -q dispatcher plugins  # a test starts many daemons: none has to compile again
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(WHOLE) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: host-test venv  ## Repetitions of what the tests show once: hundreds of kills, thousands of pods
