@@ -226,7 +226,6 @@ class DockerClient:
         import requests.exceptions
 
         try:
-            self._knock()
             return function(self._client(deadline_s))
         except docker.errors.APIError as error:
             raise from_status(error.status_code or 500, str(error.explanation or ""), doing=doing) from error
@@ -236,12 +235,6 @@ class DockerClient:
             if isinstance(error, DispatcherError):
                 raise
             raise EngineAway(f"Docker Engine's answer cannot be read when asked to {doing}") from error
-
-    def _knock(self) -> None:
-        """See that somebody listens (30 us): the SDK leaves a socket behind for each connection that is refused."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            probe.connect(self._socket)
 
     def _client(self, deadline_s: float) -> Any:
         import docker
@@ -256,5 +249,30 @@ class DockerClient:
                     num_pools=2,
                     max_pool_size=self._threads,
                 )
+                client.mount("http+docker://", _adapter(self._socket, deadline_s, self._threads))
                 self._clients[deadline_s] = client
             return client
+
+
+def _adapter(path: str, deadline_s: float, connections: int) -> Any:
+    """The SDK's transport, but for one fault: it leaves a socket open for each connection that is refused."""
+    from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection
+
+    class Connection(UnixHTTPConnection):  # type: ignore[misc]
+        def connect(self) -> None:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                made.settimeout(self.timeout)
+                made.connect(self.unix_socket)
+            except OSError:
+                made.close()
+                raise
+            self.sock = made
+
+    class Adapter(UnixHTTPAdapter):  # type: ignore[misc]
+        def get_connection(self, url: str, proxies: Any = None) -> Any:
+            pool = super().get_connection(url, proxies)
+            pool._new_conn = lambda: Connection(url, path, deadline_s)  # noqa: SLF001  the SDK offers no other seam
+            return pool
+
+    return Adapter(f"http+unix://{path}", deadline_s, pool_connections=2, max_pool_size=connections)
