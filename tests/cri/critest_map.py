@@ -10,7 +10,6 @@ from typing import Final
 
 NO_NRI: Final = "NRI plugins are not offered: plugins of the dispatcher take part in decisions through its own hooks"
 NO_APPARMOR: Final = "needs a host with AppArmor and a profile loaded into its kernel"
-NO_STREAMING: Final = "Exec, Attach and PortForward answer UNIMPLEMENTED in this version"
 
 MAP: Final[dict[str, tuple[str, ...] | str]] = {
     "AppArmor > runtime should prefer new apparmor field > should enforce a apparmor_profile blocking writes": NO_APPARMOR,
@@ -374,9 +373,19 @@ MAP: Final[dict[str, tuple[str, ...] | str]] = {
     "Security Context > bucket > runtime should support that ReadOnlyRootfs is true": (
         "test_security_context.py::test_the_root_file_system_is_writable_or_not",
     ),
-    "Streaming > runtime should support streaming interfaces > runtime should support attach": NO_STREAMING,
-    "Streaming > runtime should support streaming interfaces > runtime should support exec with tty=false and stdin=false": NO_STREAMING,
-    "Streaming > runtime should support streaming interfaces > runtime should support exec with tty=true and stdin=true": NO_STREAMING,
-    "Streaming > runtime should support streaming interfaces > runtime should support portforward": NO_STREAMING,
-    "Streaming > runtime should support streaming interfaces > runtime should support portforward in host network": NO_STREAMING,
+    "Streaming > runtime should support streaming interfaces > runtime should support attach": (
+        "test_streaming.py::test_attach_reaches_the_first_process_and_ends_with_it",
+    ),
+    "Streaming > runtime should support streaming interfaces > runtime should support exec with tty=false and stdin=false": (
+        "test_streaming.py::test_exec_brings_both_streams_and_success",
+    ),
+    "Streaming > runtime should support streaming interfaces > runtime should support exec with tty=true and stdin=true": (
+        "test_streaming.py::test_exec_on_a_terminal_has_its_size_and_takes_input",
+    ),
+    "Streaming > runtime should support streaming interfaces > runtime should support portforward": (
+        "test_streaming.py::test_a_port_is_forwarded_for_many_connections",
+    ),
+    "Streaming > runtime should support streaming interfaces > runtime should support portforward in host network": (
+        "test_streaming.py::test_a_port_is_forwarded_into_the_network_of_the_host",
+    ),
 }
