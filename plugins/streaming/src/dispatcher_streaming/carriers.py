@@ -63,7 +63,7 @@ class WebSocketCarrier:
         self._reader = reader
         self._writer = writer
         self._text = text
-        self._parts: list[bytes] = []
+        self._parts = bytearray()  # no list: empty fragments without end would make it grow
 
     async def read(self) -> AsyncIterator[bytes]:
         """Yield messages until the peer closes. Pings are answered here."""
@@ -83,9 +83,9 @@ class WebSocketCarrier:
         for frame in self._protocol.events_received():
             opcode = getattr(frame, "opcode", None)
             if opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
-                self._parts.append(bytes(frame.data))  # type: ignore[union-attr]
+                self._parts += frame.data  # type: ignore[union-attr]
                 if frame.fin:  # type: ignore[union-attr]
-                    messages.append(b"".join(self._parts))
+                    messages.append(bytes(self._parts))
                     self._parts.clear()
         return messages
 

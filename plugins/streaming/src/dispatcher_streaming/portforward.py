@@ -75,6 +75,7 @@ class PortForward:
     connection: Connection = field(default_factory=Connection)
     _pairs: dict[str, _Pair] = field(default_factory=dict)
     _keys: dict[int, str] = field(default_factory=dict)  # of data streams
+    _errors: dict[int, str] = field(default_factory=dict)  # of error streams
 
     @property
     def incomplete(self) -> tuple[str, ...]:
@@ -96,9 +97,7 @@ class PortForward:
                     if event.fin:
                         events.append(End(key))
             elif isinstance(event, StreamReset):
-                key = self._keys.pop(event.stream_id, None)
-                if key is not None:
-                    events.append(Reset(key))
+                output += self._reset(event.stream_id, events)
             elif isinstance(event, GoingAway):
                 events.append(Gone())
         return events, bytes(output) + self.connection.take_output()
@@ -115,12 +114,25 @@ class PortForward:
             return self.connection.reset(event.stream_id, Status.REFUSED_STREAM)
         if kind == "error":
             pair.error_id = event.stream_id
+            self._errors[event.stream_id] = key
         else:
             pair.data_id = event.stream_id
             self._keys[event.stream_id] = key
         if pair.error_id and pair.data_id:
             events.append(Connect(key, port))
         return self.connection.accept(event.stream_id)
+
+    def _reset(self, stream_id: int, events: list[Event]) -> bytes:
+        """The client reset one stream. The other one must not stay: a client waits for the end of its error stream."""
+        key = self._keys.get(stream_id) or self._errors.get(stream_id)
+        pair = self._pairs.get(key) if key is not None else None
+        if key is None or pair is None:
+            return b""
+        if stream_id == pair.error_id and pair.data_id:
+            return b""  # only that nobody listens to an error any more: the connection goes on
+        if pair.error_id and pair.data_id:
+            events.append(Reset(key))
+        return self.end(key)
 
     def data(self, key: str, data: bytes) -> bytes:
         """Bytes of the pod for the client."""
@@ -129,7 +141,7 @@ class PortForward:
 
     def end(self, key: str) -> bytes:
         """The pod's side ended: finish the data stream, then the error stream, for whose end the client waits."""
-        pair = self._pairs.pop(key, None)
+        pair = self._forget(key)
         if pair is None:
             return b""
         return b"".join(
@@ -138,15 +150,21 @@ class PortForward:
 
     def fail(self, key: str, message: str) -> bytes:
         """The connection could not be made or broke: a sentence on the error stream, then both are closed."""
-        pair = self._pairs.pop(key, None)
+        pair = self._forget(key)
         if pair is None:
             return b""
-        self._keys.pop(pair.data_id, None)
         parts = []
         if pair.error_id:
             parts.append(self.connection.send(pair.error_id, message.encode(), fin=True))
         parts += [self.connection.reset(i, Status.CANCEL) for i in (pair.data_id, pair.error_id) if i]
         return b"".join(parts)
+
+    def _forget(self, key: str) -> _Pair | None:
+        pair = self._pairs.pop(key, None)
+        if pair is not None:
+            self._keys.pop(pair.data_id, None)
+            self._errors.pop(pair.error_id, None)
+        return pair
 
     def finish(self) -> bytes:
         """No more streams are taken."""

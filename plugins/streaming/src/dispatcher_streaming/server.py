@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
@@ -143,13 +144,15 @@ class StreamServer:
             writer.close()
             return
         self._tasks.add(task)
+        _keep_alive(writer)
         try:
             await self._serve(reader, writer)
+            await _linger(reader, writer)
         except* (ConnectionError, TimeoutError, ProtocolError, WebSocketException, EOFError) as errors:
             log.debug("a streaming connection ended", extra={"cause": repr(errors.exceptions)})
         finally:
             self._tasks.discard(task)
-            writer.close()
+            writer.transport.abort()  # a client that does not read must not hold the socket for ever
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -199,7 +202,8 @@ class StreamServer:
             protocol = await _handshake(head, writer, remotecommand.WEBSOCKET_PROTOCOLS)
             chosen = str(protocol.subprotocol or "channel.k8s.io")
             websocket = WebSocketCarrier(protocol, reader, writer, text="base64" in chosen)
-            await sessions.run_websocket_command(websocket, remotecommand.WebSocketCommand(request, chosen), start)
+            command = remotecommand.WebSocketCommand(request, chosen)
+            await sessions.run_websocket_command(self._watched(websocket), command, start, websocket.close)
         else:
             raise _Refused(400, "an upgrade to SPDY/3.1 or websocket is needed")
 
@@ -335,6 +339,31 @@ async def _handshake(head: _Head, writer: asyncio.StreamWriter, protocols: Seque
     if protocol.handshake_exc is not None:
         raise EOFError("the WebSocket handshake failed") from protocol.handshake_exc
     return protocol
+
+
+def _keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel notice a peer that vanished without a word."""
+    peer = writer.get_extra_info("socket")
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ):
+        peer.setsockopt(level, option, value)
+
+
+async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Let the client read what was sent. Closing while bytes of its wait unread would reset the connection under it."""
+    if not writer.can_write_eof():  # TLS has no half-close
+        writer.close()
+        async with asyncio.timeout(sessions.LINGER_S):
+            await writer.wait_closed()
+        return
+    writer.write_eof()
+    async with asyncio.timeout(sessions.LINGER_S):
+        while await reader.read(READ):
+            pass
 
 
 async def _answer(

@@ -11,18 +11,22 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from dispatcher.api import ExecStream, Process
 from dispatcher.errors import DispatcherError
 from dispatcher_streaming import portforward, remotecommand
-from dispatcher_streaming.carriers import ByteCarrier, WebSocketCarrier
+from dispatcher_streaming.carriers import ByteCarrier
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32 * 1024  # as large as a Go client's own copies
 QUEUED = 16  # chunks that wait for one process or connection: with 64 KiB reads at most 1 MiB
 CREATE_S = 30.0  # for the streams of a session or connection to stand
-DRAIN_S = 5.0  # for output behind an exit (a child may hold the pipe for ever)
+DRAIN_S = 5.0  # without a byte behind an exit (a child may hold the pipe for ever)
+STALLS = 12  # such waits in a row for a client that does not read
+DRAIN_MAX_S = 300.0  # for all output behind an exit (a child may write for ever)
+LINGER_S = 5.0  # for a client to read the end of its session
 
 Start = Callable[[], Awaitable[Process]]
 Connect = Callable[[int], Awaitable[Process]]
@@ -56,7 +60,7 @@ async def run_spdy_command(carrier: ByteCarrier, session: remotecommand.SpdyComm
 
 
 async def run_websocket_command(
-    carrier: WebSocketCarrier, session: remotecommand.WebSocketCommand, start: Start
+    carrier: ByteCarrier, session: remotecommand.WebSocketCommand, start: Start, close: Callable[[], Awaitable[None]]
 ) -> None:
     """Serve one exec or attach over WebSocket until the process or the client ends."""
     runner = _Command(start, session.request)
@@ -77,7 +81,7 @@ async def run_websocket_command(
     outcome = await runner.run(read, write)
     if outcome is not None:
         await send(session.finish(outcome.exit_code, outcome.message))
-        await carrier.close()
+        await close()
 
 
 class _Command:
@@ -139,7 +143,8 @@ class _Command:
     async def _serve(self, process: Process, write: Callable[[str, bytes], Awaitable[None]]) -> Outcome | None:
         feeding = asyncio.ensure_future(self._feed(process))
         sizing = asyncio.ensure_future(self._follow_size(process))
-        copying = asyncio.ensure_future(_copy_output(process, write))
+        output = _Output(write)
+        copying = asyncio.ensure_future(output.copy(process))
         waiting = asyncio.ensure_future(process.wait())
         leaving = asyncio.ensure_future(self._gone.wait())
         tasks = {feeding, sizing, copying, waiting, leaving}
@@ -150,7 +155,7 @@ class _Command:
                 await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 return None
-            await asyncio.wait({copying, leaving}, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            await output.drain({copying, leaving})
             if leaving.done():
                 return None
             return Outcome(waiting.result())
@@ -171,9 +176,8 @@ class _Command:
             while (data := await self._stdin.get()) != _END:
                 await process.write_stdin(data)
             await process.close_stdin()
-            return
-        while await self._stdin.get() != _END:
-            pass  # the process closed its input: what still comes is read and dropped
+        while True:
+            await self._stdin.get()  # nobody reads it any more: what still comes is dropped, so that the reader goes on
 
     async def _follow_size(self, process: Process) -> None:
         while True:
@@ -184,10 +188,33 @@ class _Command:
                     await process.resize(self._size.width, self._size.height)
 
 
-async def _copy_output(process: Process, write: Callable[[str, bytes], Awaitable[None]]) -> None:
-    async for stream, data in process.output():
-        for start in range(0, len(data), CHUNK):
-            await write(stream, data[start : start + CHUNK])
+class _Output:
+    """The output of a process on its way to the client."""
+
+    def __init__(self, write: Callable[[str, bytes], Awaitable[None]]) -> None:
+        self._write = write
+        self._written = 0
+        self._writing = False
+
+    async def copy(self, process: Process) -> None:
+        """Copy until the output ends."""
+        async for stream, data in process.output():
+            for start in range(0, len(data), CHUNK):
+                self._writing = True
+                await self._write(stream, data[start : start + CHUNK])
+                self._writing = False
+                self._written += 1
+
+    async def drain(self, ends: set[asyncio.Future[Any]]) -> None:
+        """Wait, behind the exit, until one of `ends` is done, nothing comes any more, or the client does not read."""
+        deadline = asyncio.get_running_loop().time() + DRAIN_MAX_S
+        stalls = 0
+        while asyncio.get_running_loop().time() < deadline and stalls < STALLS:
+            written = self._written
+            done, _ = await asyncio.wait(ends, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            if done or (written == self._written and not self._writing):
+                return
+            stalls = stalls + 1 if written == self._written else 0
 
 
 async def run_port_forward(carrier: ByteCarrier, connect: Connect) -> None:

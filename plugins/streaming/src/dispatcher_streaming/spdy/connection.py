@@ -232,8 +232,10 @@ class Connection:
         return stream_id, control(FrameType.SYN_STREAM, body, FIN if fin else 0)
 
     def accept(self, stream_id: int) -> bytes:
-        """Accept a stream of the peer, with no headers."""
-        stream = self._streams[stream_id]
+        """Accept a stream of the peer, with no headers. Nothing when the peer reset it in the same breath."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return b""
         stream.replied = True
         return control(FrameType.SYN_REPLY, struct.pack(">I", stream_id) + self._compressor.compress({}))
 
