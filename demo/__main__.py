@@ -180,7 +180,7 @@ class Demo:
         page = fetch(f"http://{address}/")
         print(f"http://{address}/ -> {page.strip()}")
         expect("ConfigMap" in page, "the page is another one")
-        self.dispatcher("exec", "-c", "server", "web", "cat", "/work/note")
+        self.dispatcher("exec", "-c", "server", "web", "cat", "/prepared/note")
         wait_until(lambda: "line 3" in self.logs("counter"), "the counter does not count")
         self.dispatcher("logs", "--tail", "3", "-c", "counter", "web")
 
