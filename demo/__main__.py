@@ -66,6 +66,8 @@ def main() -> int:
         if _INSIDE not in os.environ:
             _enter_own_host()
         _own_loopback()
+        # A shell that starts it in the background leaves SIGINT ignored; here it always means: clean up and end.
+        signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGHUP, _interrupt)
         with ExitStack() as stack:
