@@ -80,7 +80,6 @@ class App:
     """One daemon. `run` is its life: from the lock to the last provider's end."""
 
     def __init__(self, loaded: LoadedConfig) -> None:
-        self._loaded = loaded
         self._config: Config = loaded.config
         self._metrics = Metrics(program_version())
         self._report = RecoveryReport()
@@ -231,15 +230,9 @@ def _conditions(store: Store, policy: PolicyEngine) -> tuple[tuple[str, bool, st
 
 
 def _leases(store: Store) -> tuple[tuple[str, ImageId], ...]:
-    """The images that containers on record keep: their own, and those mounted as volumes."""
+    """The images that containers on record keep."""
     return tuple(
-        (container.id, ImageId(image_id))
-        for container in store.list_containers()
-        for image_id in {
-            container.image_id,
-            *(mount.image.image_id for mount in container.spec.mounts if mount.image is not None),
-        }
-        if image_id
+        (container.id, image_id) for container in store.list_containers() for image_id in container.leased_images
     )
 
 

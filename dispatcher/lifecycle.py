@@ -45,9 +45,7 @@ async def _stop(pod: PodRecord, deps: Deps) -> None:
         snapshot = await runtime.inspect((), tuple(deps.container_ref(c, pod) for c in alive))
         for observed in snapshot.containers:
             await deps.facts.apply_container(observed)
-    if pod.plan is not None:
-        await deps.network.delete(pod.plan, pod.attachment)
-        await remove_namespace(deps.netns_path(pod.id))
+    await _detach(pod, deps)
     await deps.store.update_pod(
         pod.id, PodEvent.STOPPED, stopped_at_ns=deps.now_ns(), plan=None, attachment=None, ips=()
     )
@@ -66,16 +64,9 @@ async def remove_pod(pod: PodRecord, deps: Deps) -> None:
 async def dispose_pod(pod: PodRecord, deps: Deps) -> None:
     """Undo a pod in any state from its record alone: also one whose creation was cut off anywhere."""
     runtime = deps.runtime_of(pod)
-    for container in deps.store.list_containers(pod.id):
-        await deps.logs.forget(container.id)
+    await _end_logs(pod, deps)
     await runtime.remove_pod(deps.pod_ref(pod))
-    if pod.plan is not None:
-        await deps.network.delete(pod.plan, pod.attachment)
-        await remove_namespace(deps.netns_path(pod.id))
-    remove_pod_files(deps.state_dir(pod.id))
-    for container in deps.store.list_containers(pod.id):
-        deps.images.release(container.id)
-    await deps.store.delete_pod(pod.id)
+    await _drop(pod, deps)
 
 
 async def forget_pod(pod: PodRecord, deps: Deps) -> None:
@@ -86,11 +77,25 @@ async def forget_pod(pod: PodRecord, deps: Deps) -> None:
     log.warning(
         "forgetting a pod", extra={"pod_id": pod.id, "runtime": pod.route.runtime, "left_behind": dict(pod.facts)}
     )
+    await _end_logs(pod, deps)
+    await _drop(pod, deps)
+
+
+async def _end_logs(pod: PodRecord, deps: Deps) -> None:
     for container in deps.store.list_containers(pod.id):
         await deps.logs.forget(container.id)
+
+
+async def _detach(pod: PodRecord, deps: Deps) -> None:
+    """Network DEL while the namespace still exists, then the namespace."""
     if pod.plan is not None:
         await deps.network.delete(pod.plan, pod.attachment)
         await remove_namespace(deps.netns_path(pod.id))
+
+
+async def _drop(pod: PodRecord, deps: Deps) -> None:
+    """Free what the dispatcher itself made for the pod, its record last."""
+    await _detach(pod, deps)
     remove_pod_files(deps.state_dir(pod.id))
     for container in deps.store.list_containers(pod.id):
         deps.images.release(container.id)

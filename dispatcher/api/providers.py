@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -274,6 +274,3 @@ class Services:
     sizer: Sizer | None = None
     notify: Callable[[str, str], None] = field(default=lambda _reason, _message: None)  # a condition for operators
     observe: Observe = field(default=lambda _what, _value, _labels: None)  # a measurement, see `Observe`
-
-
-OutputIterator = AsyncIterator[tuple[str, bytes]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.model import (
     ContainerRecord,
     FilesystemUsage,
+    IdMapping,
     Image,
     Mount,
     NamespaceMode,
@@ -41,6 +43,9 @@ _PROPAGATIONS = {
 }
 
 
+_SIGNALS = dict(pb.Signal.items())
+
+
 def is_shown(container: ContainerRecord) -> bool:
     """True once the container exists for clients: while it is being created, its id was told to nobody."""
     return container.state is not ContainerState.CREATING
@@ -63,6 +68,15 @@ def _pod_metadata(record: PodRecord) -> pb.PodSandboxMetadata:
     )
 
 
+def container_metadata(record: ContainerRecord) -> pb.ContainerMetadata:
+    """A container's identity, as it was asked for."""
+    return pb.ContainerMetadata(name=record.spec.metadata.name, attempt=record.spec.metadata.attempt)
+
+
+def _id_mappings(mappings: Iterable[IdMapping]) -> list[pb.IDMapping]:
+    return [pb.IDMapping(host_id=m.host_id, container_id=m.container_id, length=m.length) for m in mappings]
+
+
 def pod_item(record: PodRecord) -> pb.PodSandbox:
     """One entry of ListPodSandbox."""
     return pb.PodSandbox(
@@ -81,7 +95,7 @@ def container_item(record: ContainerRecord) -> pb.Container:
     return pb.Container(
         id=record.id,
         pod_sandbox_id=record.pod_id,
-        metadata=pb.ContainerMetadata(name=record.spec.metadata.name, attempt=record.spec.metadata.attempt),
+        metadata=container_metadata(record),
         image=pb.ImageSpec(image=record.spec.image_ref, user_specified_image=record.spec.user_image),
         image_ref=record.image_id,
         image_id=record.image_id,
@@ -101,10 +115,8 @@ def _namespace_options(options: NamespaceOptions) -> pb.NamespaceOption:
     )
     if options.user is not None:
         message.userns_options.mode = _MODES[options.user.mode]
-        for field, mappings in (("uids", options.user.uids), ("gids", options.user.gids)):
-            getattr(message.userns_options, field).extend(
-                pb.IDMapping(host_id=m.host_id, container_id=m.container_id, length=m.length) for m in mappings
-            )
+        message.userns_options.uids.extend(_id_mappings(options.user.uids))
+        message.userns_options.gids.extend(_id_mappings(options.user.gids))
     return message
 
 
@@ -136,12 +148,8 @@ def mount(value: Mount) -> pb.Mount:
         selinux_relabel=value.selinux_relabel,
         propagation=_PROPAGATIONS[value.propagation],
         recursive_read_only=value.recursive_readonly,
-        uidMappings=[
-            pb.IDMapping(host_id=m.host_id, container_id=m.container_id, length=m.length) for m in value.uid_mappings
-        ],
-        gidMappings=[
-            pb.IDMapping(host_id=m.host_id, container_id=m.container_id, length=m.length) for m in value.gid_mappings
-        ],
+        uidMappings=_id_mappings(value.uid_mappings),
+        gidMappings=_id_mappings(value.gid_mappings),
         mount_options=value.options,
     )
     if value.image is not None:
@@ -171,7 +179,7 @@ def resources(value: Resources) -> pb.LinuxContainerResources:
 def signal_value(name: str) -> pb.Signal:
     """The CRI enum value of a signal name; the default for one that CRI does not know."""
     text = "SIGNAL_" + name.replace("+", "PLUS").replace("-", "MINUS")
-    return cast("pb.Signal", dict(pb.Signal.items()).get(text, pb.SIGNAL_RUNTIME_DEFAULT))
+    return cast("pb.Signal", _SIGNALS.get(text, pb.SIGNAL_RUNTIME_DEFAULT))
 
 
 def container_status(record: ContainerRecord, pod: PodRecord | None) -> pb.ContainerStatus:
@@ -179,7 +187,7 @@ def container_status(record: ContainerRecord, pod: PodRecord | None) -> pb.Conta
     state = container_state(record)
     status = pb.ContainerStatus(
         id=record.id,
-        metadata=pb.ContainerMetadata(name=record.spec.metadata.name, attempt=record.spec.metadata.attempt),
+        metadata=container_metadata(record),
         state=state,
         created_at=record.created_at_ns,
         started_at=record.started_at_ns,

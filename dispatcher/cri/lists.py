@@ -16,6 +16,7 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import convert
 from dispatcher.deps import Deps
 from dispatcher.model import ContainerRecord, PodRecord
+from dispatcher.store import Store
 from dispatcher.transitions import PodState
 
 Record = TypeVar("Record", PodRecord, ContainerRecord)
@@ -47,6 +48,21 @@ class RenderedEntries(Generic[Record]):
 def is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """True where all labels of a CRI selector match; an empty one matches all."""
     return all(labels.get(key) == value for key, value in selector.items())
+
+
+def named_containers(
+    wanted: pb.ContainerFilter | pb.ContainerStatsFilter, records: Iterable[ContainerRecord], store: Store
+) -> list[ContainerRecord]:
+    """Those of the records that a filter names by id, by pod and by labels (all that are given have to hold)."""
+    if wanted.id:
+        container_id = store.resolve_container_id(wanted.id)
+        records = [r for r in records if r.id == container_id]
+    if wanted.pod_sandbox_id:
+        pod_id = store.resolve_pod_id(wanted.pod_sandbox_id)
+        records = [r for r in records if r.pod_id == pod_id]
+    if wanted.label_selector:
+        records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
+    return list(records)
 
 
 class Lists:
@@ -89,15 +105,8 @@ class Lists:
 
     def select_containers(self, wanted: pb.ContainerFilter) -> list[ContainerRecord]:
         """The records that a filter selects, in order of creation."""
-        records: Iterable[ContainerRecord] = self._deps.store.list_containers()
-        if wanted.id:
-            container_id = self._deps.store.resolve_container_id(wanted.id)
-            records = [r for r in records if r.id == container_id]
-        if wanted.pod_sandbox_id:
-            pod_id = self._deps.store.resolve_pod_id(wanted.pod_sandbox_id)
-            records = [r for r in records if r.pod_id == pod_id]
+        store = self._deps.store
+        records = [r for r in named_containers(wanted, store.list_containers(), store) if convert.is_shown(r)]
         if wanted.HasField("state"):
-            records = [r for r in records if convert.is_shown(r) and convert.container_state(r) == wanted.state.state]
-        if wanted.label_selector:
-            records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
-        return [r for r in records if convert.is_shown(r)]
+            records = [r for r in records if convert.container_state(r) == wanted.state.state]
+        return records

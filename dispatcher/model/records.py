@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dispatcher.model.container import ContainerSpec
-from dispatcher.model.ids import ContainerId, PodId
+from dispatcher.model.ids import ContainerId, ImageId, PodId
 from dispatcher.model.network import Attachment, NetworkPlan
 from dispatcher.model.observed import Facts
 from dispatcher.model.pod import PodSpec
@@ -98,3 +98,9 @@ class ContainerRecord:
     user: ContainerUser | None = None
     notes: tuple[str, ...] = ()
     log: LogCheckpoint = field(default_factory=LogCheckpoint)
+
+    @property
+    def leased_images(self) -> frozenset[ImageId]:
+        """The images that must stay while the container is on record: its own, and those mounted as volumes."""
+        volumes = (mount.image.image_id for mount in self.spec.mounts if mount.image is not None)
+        return frozenset(ImageId(image_id) for image_id in (self.image_id, *volumes) if image_id)

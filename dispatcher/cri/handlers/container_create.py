@@ -9,7 +9,7 @@ from dataclasses import replace
 from dispatcher import lifecycle
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import validate
-from dispatcher.cri.handlers.lookup import get_pod
+from dispatcher.cri.handlers.lookup import get_pod, require_ready
 from dispatcher.cri.handlers.pod_run import fingerprint
 from dispatcher.deps import Deps
 from dispatcher.errors import AlreadyExists, DispatcherError, InvalidRequest, NotFound, WrongState
@@ -35,9 +35,7 @@ def call_key(pod_id: PodId, metadata: ContainerMetadata) -> tuple[object, ...]:
 
 async def handle(request: pb.CreateContainerRequest, deps: Deps) -> pb.CreateContainerResponse:
     """Make a container in a READY sandbox, from an image that is already here. A retry joins or gets the result."""
-    pod = get_pod(request.pod_sandbox_id, deps)
-    if pod.state is not PodState.READY:
-        raise WrongState(f"The sandbox {pod.id} is {pod.state}, not ready.", pod_id=pod.id)
+    pod = require_ready(get_pod(request.pod_sandbox_id, deps))
     spec = validate.container_spec(request.config, pod.spec)
 
     mark = fingerprint(request)
@@ -118,8 +116,8 @@ async def _make(pod: PodRecord, spec: ContainerSpec, mark: str, deps: Deps) -> C
             raise WrongState(f"The sandbox {pod.id} is no longer ready.", pod_id=pod.id)
         await deps.store.create_container(record)
         try:
-            for leased in {image.id, *(m.image.image_id for m in spec.mounts if m.image is not None)}:
-                deps.images.lease(record.id, leased)  # type: ignore[arg-type]
+            for leased in record.leased_images:
+                deps.images.lease(record.id, leased)
             created = await deps.runtime_of(pod).create_container(deps.container_ref(record, pod))
             return await deps.store.update_container(
                 record.id,

@@ -1,4 +1,7 @@
-"""StartContainer, StopContainer, RemoveContainer, ReopenContainerLog, ContainerStatus, UpdateContainerResources."""
+"""StartContainer, StopContainer, RemoveContainer, ReopenContainerLog, UpdateContainerResources.
+
+ContainerStatus is in `statuses`; its verbose info is made here.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from dispatcher.api import CanUpdateResources
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import convert, validate
 from dispatcher.cri.handlers import container_create
-from dispatcher.cri.handlers.lookup import find_container, get_container
+from dispatcher.cri.handlers.lookup import find_container, get_container, require_ready, require_running
 from dispatcher.deps import Deps
 from dispatcher.errors import DispatcherError, InvalidRequest, RuntimeDown, WrongState
 from dispatcher.model import ContainerRecord, Liveness, PodRecord, Resources
-from dispatcher.transitions import ContainerEvent, ContainerState, PodState
+from dispatcher.transitions import ContainerEvent, ContainerState
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +25,7 @@ log = logging.getLogger(__name__)
 async def start(request: pb.StartContainerRequest, deps: Deps) -> pb.StartContainerResponse:
     """Start a created container. On return it runs, or has run; only CREATED may be started (CRI)."""
     record = get_container(request.container_id, deps)
-    pod = _pod_of(record, deps)
-    if pod.state is not PodState.READY:
-        raise WrongState(f"The sandbox {pod.id} is {pod.state}, not ready.", pod_id=pod.id)
+    pod = require_ready(deps.store.get_pod(record.pod_id))
 
     record = await deps.store.update_container(record.id, ContainerEvent.START_REQUESTED)
     runtime = deps.runtime_of(pod)
@@ -55,7 +56,7 @@ async def stop(request: pb.StopContainerRequest, deps: Deps) -> pb.StopContainer
     record = find_container(request.container_id, deps)
     if record is None or record.state in (ContainerState.EXITED, ContainerState.REMOVING):
         return pb.StopContainerResponse()
-    pod = _pod_of(record, deps)
+    pod = deps.store.get_pod(record.pod_id)
 
     if record.state is not ContainerState.CREATED:
         observed = await deps.runtime_of(pod).stop_container(deps.container_ref(record, pod), float(request.timeout))
@@ -68,7 +69,7 @@ async def remove(request: pb.RemoveContainerRequest, deps: Deps) -> pb.RemoveCon
     record = find_container(request.container_id, deps)
     if record is None:
         return pb.RemoveContainerResponse()
-    pod = _pod_of(record, deps)
+    pod = deps.store.get_pod(record.pod_id)
 
     deps.calls.settle(container_create.call_key(pod.id, record.spec.metadata))
     async with deps.locks.hold(pod.id):
@@ -80,35 +81,28 @@ async def remove(request: pb.RemoveContainerRequest, deps: Deps) -> pb.RemoveCon
 
 async def reopen_log(request: pb.ReopenContainerLogRequest, deps: Deps) -> pb.ReopenContainerLogResponse:
     """Go on in a fresh log file after a rotation. The file exists when this returns."""
-    record = get_container(request.container_id, deps)
-    if record.state is not ContainerState.RUNNING:
-        raise WrongState(f"The container {record.id} is {record.state}, not running.", container_id=record.id)
+    record = require_running(get_container(request.container_id, deps))
 
     await deps.logs.reopen(record.id)
     return pb.ReopenContainerLogResponse()
 
 
-async def status(request: pb.ContainerStatusRequest, deps: Deps) -> pb.ContainerStatusResponse:
-    """Answer from memory."""
-    record = get_container(request.container_id, deps)
-    pod = deps.store.find_pod(record.pod_id)
-    info = None
-    if request.verbose:
-        info = {
-            "dispatcher": convert.as_json(
-                {
-                    "state": record.state,
-                    "pod": record.pod_id,
-                    "runtime": pod.route.runtime if pod else "",
-                    "facts": dict(record.facts),
-                    "notes": record.notes,
-                    "log": record.log,
-                    "granted": record.granted,
-                    "version": record.version,
-                }
-            )
-        }
-    return pb.ContainerStatusResponse(status=convert.container_status(record, pod), info=info)
+def container_info(record: ContainerRecord, pod: PodRecord | None) -> dict[str, str]:
+    """The verbose info of a container: the real state, where it runs, and what was adjusted."""
+    return {
+        "dispatcher": convert.as_json(
+            {
+                "state": record.state,
+                "pod": record.pod_id,
+                "runtime": pod.route.runtime if pod else "",
+                "facts": dict(record.facts),
+                "notes": record.notes,
+                "log": record.log,
+                "granted": record.granted,
+                "version": record.version,
+            }
+        )
+    }
 
 
 async def update_resources(
@@ -117,7 +111,7 @@ async def update_resources(
     """Change limits of a container; the status then reports what is really in force."""
     asked = validate.resources(request.linux)
     record = get_container(request.container_id, deps)
-    pod = _pod_of(record, deps)
+    pod = deps.store.get_pod(record.pod_id)
     if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
         raise WrongState(f"The container {record.id} is {record.state}.", container_id=record.id)
 
@@ -142,7 +136,3 @@ def merge(standing: Resources, asked: Resources) -> Resources:
     if asked.memory_limit_bytes and not asked.memory_swap_limit_bytes and has_no_swap:
         changes["memory_swap_limit_bytes"] = asked.memory_limit_bytes
     return replace(standing, **changes, unified={**standing.unified, **asked.unified})
-
-
-def _pod_of(record: ContainerRecord, deps: Deps) -> PodRecord:
-    return deps.store.get_pod(record.pod_id)

@@ -7,10 +7,9 @@ import asyncio
 from dispatcher.api import CanExec, ExecSpec, Process
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import validate
-from dispatcher.cri.handlers.lookup import get_container
+from dispatcher.cri.handlers.lookup import get_container, require_running
 from dispatcher.deps import Deps
-from dispatcher.errors import InvalidRequest, TimedOut, WrongState
-from dispatcher.transitions import ContainerState
+from dispatcher.errors import InvalidRequest, TimedOut
 
 # The client takes 16 MiB for the whole message (cri-client): both streams share what is left beside the framing.
 OUTPUT_BUDGET = 16 * 1024 * 1024 - 64 * 1024
@@ -23,9 +22,7 @@ async def handle(request: pb.ExecSyncRequest, deps: Deps) -> pb.ExecSyncResponse
     if request.timeout < 0:
         raise InvalidRequest("The timeout of ExecSync is below zero.")
     words = validate.command(request.cmd)
-    record = get_container(request.container_id, deps)
-    if record.state is not ContainerState.RUNNING:
-        raise WrongState(f"The container {record.id} is {record.state}, not running.", container_id=record.id)
+    record = require_running(get_container(request.container_id, deps))
     pod = deps.store.get_pod(record.pod_id)
 
     runtime = deps.registry.ability(pod.route.runtime, CanExec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dispatcher.cri import validate
 from dispatcher.deps import Deps
-from dispatcher.errors import NotFound
+from dispatcher.errors import NotFound, WrongState
 from dispatcher.model import ContainerRecord, PodRecord
 from dispatcher.transitions import ContainerState, PodState
 
@@ -37,3 +37,17 @@ def get_container(text: str, deps: Deps) -> ContainerRecord:
     if record is None:
         raise NotFound(f"There is no container {text!r}.", container_id=text)
     return record
+
+
+def require_ready(pod: PodRecord) -> PodRecord:
+    """The same pod; raises WrongState where its sandbox is not ready."""
+    if pod.state is not PodState.READY:
+        raise WrongState(f"The sandbox {pod.id} is {pod.state}, not ready.", pod_id=pod.id)
+    return pod
+
+
+def require_running(container: ContainerRecord) -> ContainerRecord:
+    """The same container; raises WrongState where it is not running."""
+    if container.state is not ContainerState.RUNNING:
+        raise WrongState(f"The container {container.id} is {container.state}, not running.", container_id=container.id)
+    return container

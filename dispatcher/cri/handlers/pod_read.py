@@ -1,4 +1,4 @@
-"""PodSandboxStatus and UpdatePodSandboxResources; ListPodSandbox is in `lists`."""
+"""UpdatePodSandboxResources, and the verbose info of a pod; ListPodSandbox is in `lists`, its status in `statuses`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from dispatcher.cri import convert, validate
 from dispatcher.cri.handlers.lookup import get_pod
 from dispatcher.deps import Deps
 from dispatcher.model import PodRecord
-
-
-async def status(request: pb.PodSandboxStatusRequest, deps: Deps) -> pb.PodSandboxStatusResponse:
-    """Answer from memory, with the containers' statuses and the moment, as evented PLEG wants them."""
-    record = get_pod(request.pod_sandbox_id, deps)
-
-    containers = [c for c in deps.store.list_containers(record.id) if convert.is_shown(c)]
-    return pb.PodSandboxStatusResponse(
-        status=convert.pod_status(record),
-        containers_statuses=[convert.container_status(c, record) for c in containers],
-        timestamp=deps.now_ns(),
-        info=pod_info(record, deps) if request.verbose else None,
-    )
 
 
 def pod_info(record: PodRecord, deps: Deps) -> dict[str, str]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from dispatcher.api import CanStats, ContainerUsage
 from dispatcher.cri import api_pb2 as pb
+from dispatcher.cri import convert
 from dispatcher.cri.handlers.lookup import get_container
-from dispatcher.cri.lists import is_selected
+from dispatcher.cri.lists import named_containers
 from dispatcher.deps import Deps
 from dispatcher.errors import DispatcherError, Unsupported, WrongState
 from dispatcher.model import ContainerRecord
@@ -33,15 +34,8 @@ async def one(request: pb.ContainerStatsRequest, deps: Deps) -> pb.ContainerStat
 
 async def many(request: pb.ListContainerStatsRequest, deps: Deps) -> pb.ListContainerStatsResponse:
     """Usage of all running containers that the filter selects. What cannot be measured now is left out."""
-    wanted = request.filter
-    records = [r for r in deps.store.list_containers() if r.state is ContainerState.RUNNING]
-    if wanted.id:
-        container_id = deps.store.resolve_container_id(wanted.id)
-        records = [r for r in records if r.id == container_id]
-    if wanted.pod_sandbox_id:
-        pod_id = deps.store.resolve_pod_id(wanted.pod_sandbox_id)
-        records = [r for r in records if r.pod_id == pod_id]
-    records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
+    running = [r for r in deps.store.list_containers() if r.state is ContainerState.RUNNING]
+    records = named_containers(request.filter, running, deps.store)
 
     by_id = {record.id: record for record in records}
     usages = await usages_of(records, deps)
@@ -76,7 +70,7 @@ def _message(record: ContainerRecord, usage: ContainerUsage) -> pb.ContainerStat
     stats = pb.ContainerStats(
         attributes=pb.ContainerAttributes(
             id=record.id,
-            metadata=pb.ContainerMetadata(name=record.spec.metadata.name, attempt=record.spec.metadata.attempt),
+            metadata=convert.container_metadata(record),
             labels=record.spec.labels,
             annotations=record.spec.annotations,
         )

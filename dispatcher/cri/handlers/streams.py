@@ -5,18 +5,17 @@ from __future__ import annotations
 from dispatcher.api import CanAttach, CanConnect, CanExec, ExecSpec, ExecStream, Process, StreamTarget
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import validate
-from dispatcher.cri.handlers.lookup import get_container, get_pod
+from dispatcher.cri.handlers.lookup import get_container, get_pod, require_ready, require_running
 from dispatcher.deps import Deps
-from dispatcher.errors import InvalidRequest, WrongState
-from dispatcher.model import ContainerId, ContainerRecord, PodId, PodRecord
-from dispatcher.transitions import ContainerState, PodState
+from dispatcher.errors import InvalidRequest
+from dispatcher.model import ContainerId, PodId
 
 
 async def exec_(request: pb.ExecRequest, deps: Deps) -> pb.ExecResponse:
     """Grant an exec session. Refused here where it cannot work, so that the client reads why."""
     validate.exec_streams(request)
     words = validate.command(request.cmd)
-    record = _running(request.container_id, deps)
+    record = require_running(get_container(request.container_id, deps))
     deps.registry.ability(deps.store.get_pod(record.pod_id).route.runtime, CanExec)
 
     url = deps.registry.streaming.exec_url(
@@ -35,7 +34,7 @@ async def exec_(request: pb.ExecRequest, deps: Deps) -> pb.ExecResponse:
 async def attach(request: pb.AttachRequest, deps: Deps) -> pb.AttachResponse:
     """Grant an attach session."""
     validate.exec_streams(request)
-    record = _running(request.container_id, deps)
+    record = require_running(get_container(request.container_id, deps))
     deps.registry.ability(deps.store.get_pod(record.pod_id).route.runtime, CanAttach)
 
     url = deps.registry.streaming.attach_url(
@@ -55,7 +54,7 @@ async def port_forward(request: pb.PortForwardRequest, deps: Deps) -> pb.PortFor
     for port in request.port:
         if not 0 < port < 65536:
             raise InvalidRequest(f"{port} is not a port.")
-    record = _ready(request.pod_sandbox_id, deps)
+    record = require_ready(get_pod(request.pod_sandbox_id, deps))
     deps.registry.ability(record.route.runtime, CanConnect)
 
     return pb.PortForwardResponse(url=deps.registry.streaming.port_forward_url(record.id, tuple(request.port)))
@@ -65,7 +64,7 @@ def make_target(deps: Deps) -> StreamTarget:
     """What the streaming provider is given: three functions, which look everything up anew when a session begins."""
 
     async def start_exec(container_id: ContainerId, spec: ExecSpec) -> Process:
-        record = _running(container_id, deps)
+        record = require_running(get_container(container_id, deps))
         pod = deps.store.get_pod(record.pod_id)
         runtime = deps.registry.ability(pod.route.runtime, CanExec)
         return await runtime.exec(deps.container_ref(record, pod), spec)
@@ -77,28 +76,14 @@ def make_target(deps: Deps) -> StreamTarget:
         stdout: bool,
         stderr: bool,
     ) -> Process:
-        record = _running(container_id, deps)
+        record = require_running(get_container(container_id, deps))
         pod = deps.store.get_pod(record.pod_id)
         runtime = deps.registry.ability(pod.route.runtime, CanAttach)
         return await runtime.attach(deps.container_ref(record, pod), stdin=stdin, stdout=stdout, stderr=stderr)
 
     async def connect(pod_id: PodId, port: int) -> Process:
-        record = _ready(pod_id, deps)
+        record = require_ready(get_pod(pod_id, deps))
         runtime = deps.registry.ability(record.route.runtime, CanConnect)
         return await runtime.connect(deps.pod_ref(record), port)
 
     return StreamTarget(exec=start_exec, attach=start_attach, connect=connect)
-
-
-def _running(container_id: str, deps: Deps) -> ContainerRecord:
-    record = get_container(container_id, deps)
-    if record.state is not ContainerState.RUNNING:
-        raise WrongState(f"The container {record.id} is {record.state}, not running.", container_id=record.id)
-    return record
-
-
-def _ready(pod_id: str, deps: Deps) -> PodRecord:
-    record = get_pod(pod_id, deps)
-    if record.state is not PodState.READY:
-        raise WrongState(f"The sandbox {record.id} is {record.state}, not ready.", pod_id=record.id)
-    return record

@@ -38,12 +38,6 @@ class EngineTraits:
     rlimit_caps: Mapping[str, int] = field(default_factory=dict)
 
 
-def parse_api(text: str) -> tuple[int, int]:
-    """Read "1.41" as (1, 41)."""
-    major, _, minor = text.partition(".")
-    return int(major), int(minor)
-
-
 def from_engine(
     info: Mapping[str, Any],
     api: tuple[int, int],

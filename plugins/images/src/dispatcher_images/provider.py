@@ -44,7 +44,7 @@ class OciImages:
         content = Content(self._folder)
         self._workers = Workers(config.workers, config.worker_deadline_s)
         self._index = Index(self._folder / "index.db")
-        self._store = ImageStore(content, self._index, config.pinned, config.platforms)
+        self._store = ImageStore(content, self._index, config.pinned)
         self._client = RegistryClient(config)
         self._puller = Puller(config, self._store, self._client, self._workers)
         self._puller.listeners.append(self._count)

@@ -56,11 +56,10 @@ class Stored:
 class ImageStore:
     """See the module's docstring. Methods that are not async run on the loop and do no I/O."""
 
-    def __init__(self, content: Content, index: Index, pinned: Sequence[str], platforms: Sequence[str]) -> None:
+    def __init__(self, content: Content, index: Index, pinned: Sequence[str]) -> None:
         self.content = content
         self.changing = asyncio.Lock()
         self._index = index
-        self._platforms = platforms
         self._pinned_names = frozenset(str(references.parse(item)) for item in pinned)
         self._images: dict[ImageId, Stored] = {}
         self._names: dict[str, ImageId] = {}

@@ -77,11 +77,6 @@ class PortForward:
     _keys: dict[int, str] = field(default_factory=dict)  # of data streams
     _errors: dict[int, str] = field(default_factory=dict)  # of error streams
 
-    @property
-    def incomplete(self) -> tuple[str, ...]:
-        """Connections of which one stream is still missing."""
-        return tuple(key for key, pair in self._pairs.items() if not (pair.error_id and pair.data_id))
-
     def receive(self, received: bytes) -> tuple[list[Event], bytes]:
         """Return what the peer's bytes mean, and what to send back. Raises ProtocolError."""
         events: list[Event] = []
@@ -165,10 +160,6 @@ class PortForward:
             self._keys.pop(pair.data_id, None)
             self._errors.pop(pair.error_id, None)
         return pair
-
-    def finish(self) -> bytes:
-        """No more streams are taken."""
-        return self.connection.go_away()
 
 
 def _port(headers: Mapping[str, str]) -> int | None:
