@@ -122,6 +122,7 @@ class ImageDeadlines(_Part):
     oci_dir: Seconds = 600.0
     docker_archive: Seconds = 900.0
     unpacked: Seconds = 1800.0
+    sub_path: Seconds = 1800.0
     erofs: Seconds = 1800.0
     resolve_user: Seconds = 900.0
 

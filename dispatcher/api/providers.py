@@ -156,6 +156,12 @@ class ImageProvider(Protocol):
     async def unpacked(self, image_id: ImageId) -> Path:
         """The image's root file system as a folder, never to be written to. Valid while leased; single flight."""
 
+    async def sub_path(self, image_id: ImageId, path: str) -> Path:
+        """A path inside the unpacked image, links resolved with the image as root; "" is the root itself.
+
+        Raises InvalidRequest: it does not exist, is absolute or climbs.
+        """
+
     async def erofs(self, image_id: ImageId) -> Path:
         """The image's root file system as one erofs file. Valid while leased; single flight."""
 

@@ -126,6 +126,10 @@ class AbsentImages:
         """Refuse."""
         self._refuse()
 
+    async def sub_path(self, image_id: ImageId, path: str) -> Path:  # noqa: ARG002
+        """Refuse."""
+        self._refuse()
+
     async def erofs(self, image_id: ImageId) -> Path:  # noqa: ARG002
         """Refuse."""
         self._refuse()

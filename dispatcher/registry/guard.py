@@ -150,6 +150,7 @@ IMAGE_METHODS: Mapping[str, _Method] = {
     "oci_dir": _Method("async", _is(Path)),
     "docker_archive": _Method("async", _is(Path)),
     "unpacked": _Method("async", _is(Path)),
+    "sub_path": _Method("async", _is(Path)),
     "erofs": _Method("async", _is(Path)),
     "resolve_user": _Method("async", _is(ContainerUser)),
 }

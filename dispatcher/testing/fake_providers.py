@@ -268,6 +268,10 @@ class FakeImages:
         """See ImageProvider.unpacked."""
         return self._place(image_id, "root")
 
+    async def sub_path(self, image_id: ImageId, path: str) -> Path:
+        """See ImageProvider.sub_path."""
+        return await self.unpacked(image_id) / path
+
     async def erofs(self, image_id: ImageId) -> Path:
         """See ImageProvider.erofs."""
         return self._place(image_id, "erofs")

@@ -375,12 +375,23 @@ async def test_sub_paths_resolve_with_the_image_as_root(bench: Bench) -> None:
         .symlink("steal", str(outside / "file"))
         .symlink("steal2", "../../outside/file")
         .symlink("magic", "/proc/self/root")
+        .symlink("loop", "loop")
     )
     for path in ("data/file", "abs/file", "up/file", "./data//file"):
         assert resolve_in_root(root, path) == root / "data/file"
     assert resolve_in_root(root, "") == root
     from dispatcher.errors import InvalidRequest
 
-    for path in ("steal", "steal2", "magic", "missing", "../outside/file", "/data", "data/../data", "data/file/x"):
+    for path in (
+        "steal",
+        "steal2",
+        "magic",
+        "loop",
+        "missing",
+        "../outside/file",
+        "/data",
+        "data/../data",
+        "data/file/x",
+    ):
         with pytest.raises(InvalidRequest):
             resolve_in_root(root, path)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dispatcher.api import ContainerRef, PodRef
+from dispatcher.api.containers import stop_signal
 from dispatcher.errors import InvalidRequest, NotSupported
 from dispatcher.model import (
     Attachment,
@@ -42,7 +43,7 @@ from dispatcher.model import (
     SecurityProfile,
     SelinuxOptions,
 )
-from dispatcher_docker_shim.container_config import Built, Resolved, build_container, merge_limits, stop_signal
+from dispatcher_docker_shim.container_config import Built, Resolved, build_container, merge_limits
 from dispatcher_docker_shim.pause_config import build_pause
 from dispatcher_docker_shim.traits import EngineTraits
 

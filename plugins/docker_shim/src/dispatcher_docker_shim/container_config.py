@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dispatcher.api import ContainerRef
+from dispatcher.api.containers import capability_names, check_command, checked_paths, environment
 from dispatcher.errors import InvalidRequest, NotSupported
 from dispatcher.model import (
     Capabilities,
@@ -29,10 +30,8 @@ from dispatcher_docker_shim import naming
 from dispatcher_docker_shim.pause_config import cgroup_parent, clamp_oom_score, selinux_options, user_namespace
 from dispatcher_docker_shim.traits import EngineTraits
 
-_CAPABILITY = re.compile(r"[A-Z][A-Z_]{1,40}")
 _APPARMOR = re.compile(r"[A-Za-z0-9_./@:-]{1,255}")
 _CDI = re.compile(r"[A-Za-z0-9.-]+/[A-Za-z0-9_.-]+=[A-Za-z0-9_.:-]+")
-_ENV_KEY = re.compile(r"[^=\x00]+")
 _PROPAGATION = {
     Propagation.PRIVATE: "rprivate",
     Propagation.HOST_TO_CONTAINER: "rslave",
@@ -84,8 +83,7 @@ def build_container(
         NotSupported: what this engine or this runtime cannot do honestly.
     """
     spec, security = container.spec, container.spec.security
-    if not (spec.command or spec.args or container.image.entrypoint or container.image.cmd):
-        raise InvalidRequest("no command specified: neither the container nor its image names one")
+    check_command(container)
     if security.privileged and not container.pod.spec.security.privileged:
         raise InvalidRequest("a privileged container needs a privileged pod sandbox")
     granted, limits, notes = _resources(spec.resources or Resources(), traits)
@@ -147,20 +145,6 @@ def merge_limits(wanted: Resources, traits: EngineTraits) -> tuple[Resources, di
     return granted, {names[key]: value for key, value in limits.items() if key in names}
 
 
-def stop_signal(container: ContainerRef) -> str:
-    """The signal that asks the container to end: its own, else its image's, else SIGTERM.
-
-    An image is written by anybody, so what it names must look like a signal; else SIGTERM.
-    """
-    for wanted in (container.spec.stop_signal, container.image.stop_signal):
-        name = wanted.upper()
-        if re.fullmatch(r"[1-9][0-9]?", name) and int(name) <= 64:
-            return name
-        if re.fullmatch(r"(SIG)?[A-Z][A-Z0-9]{1,9}([+-][0-9]{1,2})?", name):
-            return name if name.startswith("SIG") else f"SIG{name}"
-    return "SIGTERM"
-
-
 def _namespaces(container: ContainerRef) -> dict[str, Any]:
     pod = container.pod
     pause = f"container:{naming.engine_name(pod.id)}"
@@ -188,18 +172,13 @@ def _namespaces(container: ContainerRef) -> dict[str, Any]:
 
 def _environment(container: ContainerRef) -> list[str]:
     texts = []
-    for variable in container.spec.envs:
-        if not _ENV_KEY.fullmatch(variable.key):
-            raise InvalidRequest(f"environment variable name {variable.key!r} is empty or holds '='")
+    for variable in environment(container):
         try:
-            value = variable.value.decode("utf-8")
+            texts.append(f"{variable.key}={variable.value.decode('utf-8')}")
         except UnicodeDecodeError:
             raise NotSupported(
                 f"environment variable {variable.key} is not UTF-8, which the Docker Engine cannot carry",
             ) from None
-        if "\0" in value:
-            raise InvalidRequest(f"environment variable {variable.key} holds a zero byte")
-        texts.append(f"{variable.key}={value}")
     return texts
 
 
@@ -244,14 +223,8 @@ def _rlimits(
 def _capabilities(wanted: Capabilities) -> dict[str, list[str]]:
     if wanted.add_ambient:
         raise NotSupported("the Docker Engine has no ambient capabilities")
-    cleaned = {}
-    for key, names in (("CapAdd", wanted.add), ("CapDrop", wanted.drop)):
-        upper = [name.upper().removeprefix("CAP_") for name in names]
-        bad = [name for name in upper if not _CAPABILITY.fullmatch(name)]
-        if bad:
-            raise InvalidRequest(f"{bad[0]!r} is not the name of a capability")
-        cleaned[key] = upper
-    return cleaned
+    names = capability_names(wanted)
+    return {"CapAdd": list(names.add), "CapDrop": list(names.drop)}
 
 
 def _security_options(security: ContainerSecurity, seccomp_json: str, traits: EngineTraits) -> list[str]:
@@ -291,11 +264,7 @@ def _paths(security: ContainerSecurity) -> dict[str, list[str]]:
     if security.privileged:
         return {"MaskedPaths": [], "ReadonlyPaths": []}
     rows = {"MaskedPaths": security.masked_paths, "ReadonlyPaths": security.readonly_paths}
-    chosen = {key: list(value) for key, value in rows.items() if value is not None}
-    for path in (path for paths in chosen.values() for path in paths):
-        if not path.startswith("/") or ".." in path.split("/"):
-            raise InvalidRequest(f"masked or read-only path {path!r} is not an absolute path without '..'")
-    return chosen
+    return {key: list(checked_paths(value)) for key, value in rows.items() if value is not None}
 
 
 def _pod_file_mounts(container: ContainerRef, files: dict[str, str]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from dispatcher.api import ContainerRef, ContainerUsage, ExecSpec, PodRef, Process, RuntimeHealth, Services
+from dispatcher.api.containers import stop_signal
 from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, RuntimeDown, WrongState
 from dispatcher.model import (
     Change,
@@ -29,7 +30,7 @@ from dispatcher.model import (
 from dispatcher_docker_shim import cgroups, host, naming
 from dispatcher_docker_shim.config import Config
 from dispatcher_docker_shim.connect import open_in_netns
-from dispatcher_docker_shim.container_config import build_container, merge_limits, stop_signal
+from dispatcher_docker_shim.container_config import build_container, merge_limits
 from dispatcher_docker_shim.engine import EngineLink
 from dispatcher_docker_shim.errors import EngineConflict
 from dispatcher_docker_shim.facts import EngineFacts, all_of, name_of
