@@ -1,0 +1,1 @@
+"""Pods in virtual machines of their own: the runtime plugin `hyper_vm`."""
