@@ -32,9 +32,11 @@ from dispatcher.locks import Locks
 from dispatcher.logs.pumps import LogPumps
 from dispatcher.model import ImageId
 from dispatcher.observability.health import Health, HealthServer
+from dispatcher.observability.logformat import recent_lines
 from dispatcher.observability.loop_lag import LoopProbe
 from dispatcher.observability.metrics import Metrics
 from dispatcher.observability.systemd import Notifier
+from dispatcher.observability.traces import TraceLog
 from dispatcher.policy import PolicyEngine, RuntimeTraits
 from dispatcher.recovery import RecoveryReport, recover
 from dispatcher.registry import Registry
@@ -107,11 +109,14 @@ class App:
             for plugin, stage in registry.failures():
                 self._metrics.plugin_failed(plugin, stage)
             registry.refuse_newer_facts((pod.route.runtime, pod.stamp.facts_schema) for pod in store.list_pods())
+            traces = TraceLog(config.state_dir / "traces.jsonl", keep=config.tracing.keep)
+            traces.start()
+            stack.callback(traces.close)
             policy = self._make_policy(store, registry)
             await policy.start()
             stack.push_async_callback(policy.aclose)
 
-            deps = self._make_deps(store, registry, policy)
+            deps = self._make_deps(store, registry, policy, traces)
             stack.push_async_callback(deps.facts.aclose)
             stack.push_async_callback(registry.aclose)
             stack.push_async_callback(deps.logs.aclose)
@@ -158,7 +163,7 @@ class App:
             observer=self._metrics,
         )
 
-    def _make_deps(self, store: Store, registry: Registry, policy: PolicyEngine) -> Deps:
+    def _make_deps(self, store: Store, registry: Registry, policy: PolicyEngine, traces: TraceLog) -> Deps:
         config = self._config
         logs = LogPumps(store)
 
@@ -184,6 +189,12 @@ class App:
             overdue_runtimes=lambda: registry.overdue(required()),
             conditions=lambda: _conditions(store, policy),
             info=lambda: self._info(store, registry, policy),
+            traces=traces,
+            topics={
+                "traces": traces.render,
+                "logs": recent_lines,
+                "metrics": lambda: self._metrics.render().decode(),
+            },
         )
 
     async def _serve_metrics(self, stack: contextlib.AsyncExitStack, deps: Deps, probe: LoopProbe) -> None:

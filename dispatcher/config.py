@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -174,6 +175,24 @@ class MetricsConfig(_Part):
         return int(self.listen.rpartition(":")[2])
 
 
+def _collector(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise ValueError("must be the address of an OTLP collector, such as http://127.0.0.1:4318/v1/traces")
+    return address
+
+
+class TracingConfig(_Part):
+    """Where the time of calls goes. `keep` starts of pods are kept for `dispatcher trace`; 0 turns it off.
+
+    With `otlp_endpoint`, calls of all kinds are sent to an OpenTelemetry collector over HTTP, `sample_ratio` of them.
+    """
+
+    keep: Annotated[int, Field(ge=0, le=10_000)] = 512
+    otlp_endpoint: Annotated[str, AfterValidator(_collector)] | None = None
+    sample_ratio: Annotated[float, Field(strict=False, ge=0, le=1)] = 1.0
+
+
 class HealthConfig(_Part):
     """How runtimes are watched, and when the node is reported as not ready because of one."""
 
@@ -221,6 +240,7 @@ class Config(_Part):
     hooks: HooksConfig = HooksConfig()
     abandoned_call_s: Seconds = 600.0
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from dispatcher.facts import FactKeeper
 from dispatcher.locks import Locks
 from dispatcher.logs.pumps import LogPumps
 from dispatcher.model import ContainerRecord, ImageId, PluginStamp, PodId, PodRecord
+from dispatcher.observability.traces import TraceLog
 from dispatcher.policy import PolicyEngine
 from dispatcher.registry import Registry
 from dispatcher.store import Store
@@ -35,6 +36,8 @@ class Deps:
     overdue_runtimes: Callable[[], tuple[str, ...]]  # required ones that are down for too long
     conditions: Callable[[], tuple[tuple[str, bool, str, str], ...]]  # what is wrong with our own files
     info: Callable[[], dict[str, str]]  # verbose info of Status
+    traces: TraceLog
+    topics: Mapping[str, Callable[[], str]]  # texts that our own commands ask for
 
     @property
     def images(self) -> ImageProvider:

@@ -1,5 +1,7 @@
 """Every act on the world outside our process passes here, so that a test can crash, fail or delay it.
 
+It is also a step of the call that is being recorded, if one is: see `dispatcher.spans`.
+
 Theory of operation. A function that touches something outside (a process, a mount, a file that is not the database,
 an engine, netlink) carries `@effect("area.name")`. Each call then passes two failpoints, `area.name:before` and
 `area.name:after`. Failpoints do nothing unless the environment variable DISPATCHER_FAILPOINTS arms them, which only
@@ -24,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from dispatcher.spans import is_recording, step
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,7 +101,11 @@ def effect(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 if _ARMED and _fire(name, "before"):
                     await asyncio.Event().wait()
-                result = await function(*args, **kwargs)
+                if is_recording():
+                    with step(name):
+                        result = await function(*args, **kwargs)
+                else:
+                    result = await function(*args, **kwargs)
                 if _ARMED and _fire(name, "after"):
                     await asyncio.Event().wait()
                 return result
@@ -108,7 +116,11 @@ def effect(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             if _ARMED and _fire(name, "before"):
                 raise InjectedFailure(f"{name}:before")
-            result = function(*args, **kwargs)
+            if is_recording():
+                with step(name):
+                    result = function(*args, **kwargs)
+            else:
+                result = function(*args, **kwargs)
             if _ARMED and _fire(name, "after"):
                 raise InjectedFailure(f"{name}:after")
             return result

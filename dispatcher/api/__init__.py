@@ -48,6 +48,7 @@ from dispatcher.api.runtimes import (
 )
 from dispatcher.effects import effect
 from dispatcher.netns import ensure_namespace, find_namespace_inode, remove_namespace, run_in_namespace
+from dispatcher.spans import annotate, step
 
 __all__ = [
     "API_VERSION",
@@ -85,6 +86,7 @@ __all__ = [
     "StreamTarget",
     "StreamingProvider",
     "VmSize",
+    "annotate",
     "effect",
     "ensure_namespace",
     "find_namespace_inode",
@@ -92,4 +94,5 @@ __all__ = [
     "hookspec",
     "remove_namespace",
     "run_in_namespace",
+    "step",
 ]

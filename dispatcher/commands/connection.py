@@ -110,6 +110,17 @@ def parse_info(info: Mapping[str, str]) -> dict[str, Any]:
     return parsed
 
 
+async def ask_topics(client: CriClient, *topics: str) -> dict[str, str]:
+    """Return texts that the daemon keeps beyond CRI, by topic. Raises Failure where another CRI runtime answers."""
+    from dispatcher.cri.handlers.topics import TOPIC_KEY
+
+    reply = await client.call("Status", metadata=tuple((TOPIC_KEY, topic) for topic in topics))
+    missing = [topic for topic in topics if topic not in reply.info]
+    if missing:
+        raise Failure(f"this daemon does not tell its {missing[0]}", hint="is it another CRI runtime? see -e")
+    return dict(reply.info)
+
+
 def pod_name(metadata: Any) -> str:
     """Return "namespace/name" of a sandbox's metadata."""
     return f"{metadata.namespace}/{metadata.name}"

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from dispatcher.cri.handlers import (
     pod_run,
     stats,
     streams,
+    topics,
 )
 from dispatcher.cri.handlers.list_streams import Stream
 from dispatcher.cri.lists import Lists
@@ -123,6 +125,8 @@ _NAMED_IN_LOG = ("pod_sandbox_id", "container_id")
 def _unary(
     name: str, handler: Handler, deps: Deps, observer: Observer, log_fields: tuple[str, ...] = ()
 ) -> Callable[..., Awaitable[Message | bytes]]:
+    is_traced = deps.traces.wants(name)
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message | bytes:
         began = time.monotonic()
         code = grpc.StatusCode.OK
@@ -130,7 +134,11 @@ def _unary(
         named = {field: getattr(request, field)[:64] for field in log_fields}
         try:
             with log_context(correlation_id=correlation_id, rpc=name, **named):
-                return await _choose(name, handler, request, context)(request, deps)
+                chosen = _choose(name, handler, request, context)
+                if not is_traced:
+                    return await chosen(request, deps)
+                with deps.traces.record(name, remote=_remote(context), correlation_id=correlation_id):
+                    return await chosen(request, deps)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -170,11 +178,22 @@ def _stream(
 
 
 def _choose(name: str, handler: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Handler:
-    """Return the handler of a call; what `dispatcher forget` sends is told from a kubelet's call by its metadata."""
-    if name != "RemovePodSandbox":
-        return handler
-    asked = (pod_end.FORGET_KEY, request.pod_sandbox_id)
-    return pod_end.forget if asked in (context.invocation_metadata() or ()) else handler
+    """Return the handler of a call; what our commands ask for is told from a kubelet's call by its metadata."""
+    if name == "RemovePodSandbox":
+        asked = (pod_end.FORGET_KEY, request.pod_sandbox_id)
+        return pod_end.forget if asked in (context.invocation_metadata() or ()) else handler
+    if name == "Status":
+        names = tuple(str(value) for key, value in context.invocation_metadata() or () if key == topics.TOPIC_KEY)
+        return partial(topics.handle, names) if names else handler
+    return handler
+
+
+def _remote(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's trace, where it sent one, as a kubelet with tracing does."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent":
+            return str(value)[:64]
+    return ""
 
 
 def _log_end(name: str, error: Exception, code: grpc.StatusCode, correlation_id: str) -> None:

@@ -2,12 +2,8 @@
 
 Theory of operation. Code logs with the standard library: a constant sentence, and facts as `extra={"data": {...}}`.
 What belongs to the whole call (correlation id, pod id) sits in a context variable that `log_context` sets, so it
-reaches every line of the task and of tasks made from it. A line passes three guards on its way out:
-
-* a value whose key sounds like a secret is replaced, at any depth;
-* a value that is not plain (text, number, list, mapping, path, enum, exception) is shown as its type only: a protobuf
-  message or a record with credentials in it cannot slip in by `%s` or as a fact;
-* credentials that hide in text (`Bearer x`, `user:pass@host`, `password=x`) are cut out by pattern.
+reaches every line of the task and of tasks made from it. What leaves passes `redaction`. The newest lines are
+kept in memory, as they were written, for `dispatcher diag dump`.
 
 Text lines escape control characters, because pods choose their own names and a terminal obeys escape sequences.
 """
@@ -23,40 +19,26 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any, TextIO
 
 from dispatcher.errors import DispatcherError
-
-REDACTED = "***"
-_MAX_TEXT = 4096
-_MAX_ITEMS = 64
-_MAX_DEPTH = 6
+from dispatcher.observability.redaction import redact, redact_text
 
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 _CONTEXT: ContextVar[Mapping[str, str]] = ContextVar("dispatcher_log_context", default=_EMPTY)
 
-_SECRET_KEY = re.compile(
-    r"passw|secret|token|credential|authorization|^auth$|_auth$|^envs?$|cookie|private_?key", re.IGNORECASE
-)
-_SECRET_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE), rf"\1 {REDACTED}"),
-    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{REDACTED}@"),
-    (
-        re.compile(
-            r"""((?:\b(?:password|passwd|(?:identity|registry|access|refresh)_?token)["']?\s*[=:]|\b(?:secret|token|auth)(?:=|["']\s*:))\s*)"""
-            r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s,;&}"']+)""",
-            re.IGNORECASE,
-        ),
-        rf"\1{REDACTED}",
-    ),
-)
 # A record has these attributes anyway; everything else was handed in by `extra`.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "context", "data"}
 _QUIET = ("aiohttp.access", "docker", "urllib3", "asyncio", "watchfiles", "stevedore", "pyroute2", "websockets", "grpc")
+
+
+_KEPT_LINES = 5000
+_KEPT_CHARS = 1 << 20
 
 
 def make_correlation_id() -> str:
@@ -82,35 +64,6 @@ def log_context(**fields: str) -> Iterator[None]:
 def current_context() -> Mapping[str, str]:
     """Return the fields that `log_context` set for this task."""
     return _CONTEXT.get()
-
-
-def redact_text(text: str) -> str:
-    """Cut credentials out of free text, and cap its length."""
-    for pattern, replacement in _SECRET_TEXT:
-        text = pattern.sub(replacement, text)
-    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}... ({len(text)} characters)"
-
-
-def redact(value: object, key: str = "", depth: int = 0) -> Any:
-    """Return a JSON-ready copy of `value` without secrets. See the rules at the top of this module."""
-    if key and _SECRET_KEY.search(key) and value not in (None, "", (), [], {}):
-        return REDACTED
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, enum.Enum):
-        return redact(value.value, depth=depth)
-    if isinstance(value, str | PurePath):
-        return redact_text(str(value))
-    if isinstance(value, BaseException):
-        return f"{type(value).__name__}: {redact_text(str(value))}"
-    if depth >= _MAX_DEPTH:
-        return f"<{type(value).__name__}>"
-    if isinstance(value, Mapping):
-        items = list(value.items())[:_MAX_ITEMS]
-        return {str(name): redact(item, str(name), depth + 1) for name, item in items}
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes | bytearray | memoryview):
-        return [redact(item, depth=depth + 1) for item in list(value)[:_MAX_ITEMS]]
-    return f"<{type(value).__name__}>"
 
 
 class _Attach(logging.Filter):
@@ -207,6 +160,37 @@ def _escape(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes lines, and remembers the newest of them within a bound."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._kept: deque[str] = deque()
+        self._kept_chars = 0
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format, and keep the line. Called under the handler's lock."""
+        line = super().format(record)
+        self._kept.append(line)
+        self._kept_chars += len(line)
+        while self._kept_chars > _KEPT_CHARS or len(self._kept) > _KEPT_LINES:
+            self._kept_chars -= len(self._kept.popleft())
+        return line
+
+    def recent(self) -> str:
+        """Return the kept lines, the oldest first."""
+        self.acquire()
+        try:
+            return "".join(f"{line}\n" for line in self._kept)
+        finally:
+            self.release()
+
+
+def recent_lines() -> str:
+    """Return the newest log lines of this process; empty where `configure_logging` was not called."""
+    return "".join(handler.recent() for handler in logging.getLogger().handlers if isinstance(handler, _Handler))
+
+
 def configure_logging(
     *,
     level: str = "info",
@@ -229,7 +213,7 @@ def configure_logging(
     if style not in {"auto", "json", "text"}:
         raise ValueError(f"log style {style!r} is not one of auto, json, text")
     terminal = hasattr(out, "isatty") and out.isatty()
-    handler = logging.StreamHandler(out)
+    handler = _Handler(out)
     if style == "text" or (style == "auto" and terminal):
         handler.setFormatter(TextFormatter(colour=terminal and "NO_COLOR" not in os.environ))
     else:

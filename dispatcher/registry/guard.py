@@ -42,6 +42,7 @@ from dispatcher.model import (
     Resources,
     Snapshot,
 )
+from dispatcher.spans import step
 
 _log = logging.getLogger(__name__)
 
@@ -234,7 +235,8 @@ class Guard:
         began = time.perf_counter()
         error: BaseException | None = None
         try:
-            result = function(*args, **kwargs)
+            with step(f"{self.kind}.{method}"):
+                result = function(*args, **kwargs)
             if inspect.iscoroutine(result):
                 result.close()
             if not check(result, args):
@@ -258,7 +260,8 @@ class Guard:
         began = time.perf_counter()
         error: BaseException | None = None
         try:
-            result = await self._run(method, function, args, kwargs, deadline_s)
+            with step(f"{self.kind}.{method}"):
+                result = await self._run(method, function, args, kwargs, deadline_s)
             if not check(result, args):
                 raise self.nonsense(method, result)  # noqa: TRY301 - counted like any other failure
         except BaseException as raised:

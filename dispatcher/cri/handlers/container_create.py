@@ -10,7 +10,7 @@ from dispatcher import lifecycle
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import validate
 from dispatcher.cri.handlers.lookup import get_pod, require_ready
-from dispatcher.cri.handlers.pod_run import fingerprint
+from dispatcher.cri.handlers.pod_run import fingerprint, pod_facts
 from dispatcher.deps import Deps
 from dispatcher.errors import AlreadyExists, DispatcherError, InvalidRequest, NotFound, WrongState
 from dispatcher.model import (
@@ -23,6 +23,7 @@ from dispatcher.model import (
     PodRecord,
     make_container_id,
 )
+from dispatcher.spans import annotate_call, step
 from dispatcher.transitions import ContainerEvent, ContainerState, PodState
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,12 @@ def call_key(pod_id: PodId, metadata: ContainerMetadata) -> tuple[object, ...]:
 async def handle(request: pb.CreateContainerRequest, deps: Deps) -> pb.CreateContainerResponse:
     """Make a container in a READY sandbox, from an image that is already here. A retry joins or gets the result."""
     pod = require_ready(get_pod(request.pod_sandbox_id, deps))
-    spec = validate.container_spec(request.config, pod.spec)
-
-    mark = fingerprint(request)
+    with step("validate"):
+        spec = validate.container_spec(request.config, pod.spec)
+        mark = fingerprint(request)
+    annotate_call(
+        pod_id=pod.id, runtime=pod.route.runtime, container=spec.metadata.name, **pod_facts(pod.spec.metadata)
+    )
 
     async def make() -> ContainerRecord:
         return await _find_made(pod, spec, mark, deps) or await _make(pod, spec, mark, deps)
@@ -97,7 +101,8 @@ def _resolve_mount(mount: Mount, deps: Deps) -> Mount:
 
 async def _make(pod: PodRecord, spec: ContainerSpec, mark: str, deps: Deps) -> ContainerRecord:
     spec, image = _resolve(spec, deps)
-    deps.policy.check_container(pod, spec, image)
+    with step("policy"):
+        deps.policy.check_container(pod, spec, image)
     record = ContainerRecord(
         id=make_container_id(),
         pod_id=pod.id,
@@ -114,19 +119,21 @@ async def _make(pod: PodRecord, spec: ContainerSpec, mark: str, deps: Deps) -> C
         current = deps.store.find_pod(pod.id)
         if current is None or current.state is not PodState.READY:
             raise WrongState(f"The sandbox {pod.id} is no longer ready.", pod_id=pod.id)
-        await deps.store.create_container(record)
+        with step("commit"):
+            await deps.store.create_container(record)
         try:
             for leased in record.leased_images:
                 deps.images.lease(record.id, leased)
             created = await deps.runtime_of(pod).create_container(deps.container_ref(record, pod))
-            return await deps.store.update_container(
-                record.id,
-                ContainerEvent.MADE,
-                facts=created.facts,
-                granted=created.granted,
-                user=created.user,
-                notes=created.notes,
-            )
+            with step("commit"):
+                return await deps.store.update_container(
+                    record.id,
+                    ContainerEvent.MADE,
+                    facts=created.facts,
+                    granted=created.granted,
+                    user=created.user,
+                    notes=created.notes,
+                )
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(_undo(record, pod, deps)))
             raise

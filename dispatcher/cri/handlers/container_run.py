@@ -14,9 +14,11 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri import convert, validate
 from dispatcher.cri.handlers import container_create
 from dispatcher.cri.handlers.lookup import find_container, get_container, require_ready, require_running
+from dispatcher.cri.handlers.pod_run import pod_facts
 from dispatcher.deps import Deps
 from dispatcher.errors import DispatcherError, InvalidRequest, RuntimeDown, WrongState
 from dispatcher.model import ContainerRecord, Liveness, PodRecord, Resources
+from dispatcher.spans import annotate_call, step
 from dispatcher.transitions import ContainerEvent, ContainerState
 
 log = logging.getLogger(__name__)
@@ -27,11 +29,20 @@ async def start(request: pb.StartContainerRequest, deps: Deps) -> pb.StartContai
     record = get_container(request.container_id, deps)
     pod = require_ready(deps.store.get_pod(record.pod_id))
 
-    record = await deps.store.update_container(record.id, ContainerEvent.START_REQUESTED)
+    annotate_call(
+        pod_id=pod.id,
+        runtime=pod.route.runtime,
+        container=record.spec.metadata.name,
+        container_id=record.id,
+        **pod_facts(pod.spec.metadata),
+    )
+    with step("commit"):
+        record = await deps.store.update_container(record.id, ContainerEvent.START_REQUESTED)
     runtime = deps.runtime_of(pod)
     reference = deps.container_ref(record, pod)
     try:
-        await deps.logs.open(runtime, reference, record.log)
+        with step("log"):
+            await deps.logs.open(runtime, reference, record.log)
         observed = await runtime.start_container(reference)
     except RuntimeDown:
         raise  # whether it started is not known: the runtime's next snapshot tells
@@ -43,7 +54,8 @@ async def start(request: pb.StartContainerRequest, deps: Deps) -> pb.StartContai
     if observed.liveness is Liveness.EXITED and observed.started_at_ns:
         # It ran, and is gone already: show it running first, so that no client misses that it was started.
         await deps.facts.apply_container(replace(observed, liveness=Liveness.RUNNING))
-    await deps.facts.apply_container(observed)
+    with step("commit"):
+        await deps.facts.apply_container(observed)
     if observed.reason == "StartError":
         raise InvalidRequest(f"The container could not be started: {observed.message}", container_id=record.id)
     return pb.StartContainerResponse()

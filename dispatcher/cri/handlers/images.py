@@ -12,6 +12,7 @@ from dispatcher.cri import convert, validate
 from dispatcher.deps import Deps
 from dispatcher.errors import DispatcherError, InvalidRequest
 from dispatcher.model import Credentials, FilesystemUsage, Image
+from dispatcher.spans import annotate_call
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,14 @@ async def pull(request: pb.PullImageRequest, deps: Deps) -> pb.PullImageResponse
 
     reference = request.image.image
     mark = _credentials_mark(credentials)
+    for_pod = request.sandbox_config.metadata  # a kubelet says for which pod it pulls
+    annotate_call(
+        image=reference,
+        namespace=for_pod.namespace,
+        pod=for_pod.name,
+        uid=for_pod.uid,
+        attempt=for_pod.attempt,
+    )
 
     async def make() -> Image:
         return await deps.images.pull(reference, credentials)

@@ -18,6 +18,7 @@ from dispatcher.model import Attachment, PodMetadata, PodRecord, PodSpec, make_p
 from dispatcher.netns import NetSysctl, apply_sysctls, ensure_namespace, make_net_sysctls
 from dispatcher.observability.logformat import log_context
 from dispatcher.pod_files import write_pod_files
+from dispatcher.spans import Fact, annotate_call, step
 from dispatcher.transitions import PodEvent, PodState
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,23 @@ def call_key(metadata: PodMetadata) -> tuple[object, ...]:
     return ("pod", metadata.namespace, metadata.name, metadata.uid, metadata.attempt)
 
 
+def pod_facts(metadata: PodMetadata) -> dict[str, Fact]:
+    """What a trace says of the pod that a call is about."""
+    return {
+        "namespace": metadata.namespace,
+        "pod": metadata.name,
+        "uid": metadata.uid,
+        "attempt": metadata.attempt,
+    }
+
+
 async def handle(request: pb.RunPodSandboxRequest, deps: Deps) -> pb.RunPodSandboxResponse:
     """Make a sandbox. Runs on when the client's deadline passes; the same request joins it or gets its result."""
-    spec = validate.pod_spec(request.config, request.runtime_handler)
-    sysctls = make_net_sysctls(spec.sysctls)
-
-    mark = fingerprint(request)
+    with step("validate"):
+        spec = validate.pod_spec(request.config, request.runtime_handler)
+        sysctls = make_net_sysctls(spec.sysctls)
+        mark = fingerprint(request)
+    annotate_call(**pod_facts(spec.metadata))
 
     async def make() -> PodRecord:
         return await _find_made(spec, mark, deps) or await _make(spec, sysctls, mark, deps)
@@ -78,9 +90,11 @@ async def _undo_abandoned(record: PodRecord, deps: Deps) -> None:
 
 
 async def _make(spec: PodSpec, sysctls: tuple[NetSysctl, ...], mark: str, deps: Deps) -> PodRecord:
-    route = deps.policy.decide(spec)
+    with step("route"):
+        route = deps.policy.decide(spec)
     runtime = deps.registry.runtime(route.runtime)
     pod_id = make_pod_id()
+    annotate_call(pod_id=pod_id, runtime=route.runtime, rule=route.rule)
     plan = None if spec.uses_host_network else deps.network.plan(pod_id, spec, str(deps.netns_path(pod_id)))
     record = PodRecord(
         id=pod_id,
@@ -100,11 +114,13 @@ async def _make(spec: PodSpec, sysctls: tuple[NetSysctl, ...], mark: str, deps: 
 
 async def _record_and_act(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) -> PodRecord:
     async with deps.locks.hold(record.id):
-        await deps.store.create_pod(record)
+        with step("commit"):
+            await deps.store.create_pod(record)
         try:
             return await _act(record, sysctls, deps)
         except BaseException as error:
-            await _undo(record.id, error, deps)
+            with step("undo"):
+                await _undo(record.id, error, deps)
             raise
 
 
@@ -116,16 +132,23 @@ async def _act(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) ->
     try:
         attachment = await _attach(record, sysctls, deps)
         if attachment is not None:
-            record = await deps.store.update_pod(record.id, attachment=attachment, ips=attachment.ips)
+            with step("commit"):
+                record = await deps.store.update_pod(record.id, attachment=attachment, ips=attachment.ips)
         write_pod_files(deps.state_dir(record.id), record.spec, attachment)
         if prepared is not None:
-            record = await deps.store.update_pod(record.id, facts=await prepared)
+            with step("await prepare_pod"):
+                facts = await prepared
+            with step("commit"):
+                record = await deps.store.update_pod(record.id, facts=facts)
         created = await runtime.create_pod(deps.pod_ref(record))
     finally:
         if prepared is not None and not prepared.done():
             prepared.cancel()
             await asyncio.wait({prepared})
-    return await deps.store.update_pod(record.id, PodEvent.BOOTED, facts=created.facts, ips=record.ips or created.ips)
+    with step("commit"):
+        return await deps.store.update_pod(
+            record.id, PodEvent.BOOTED, facts=created.facts, ips=record.ips or created.ips
+        )
 
 
 async def _attach(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) -> Attachment | None:

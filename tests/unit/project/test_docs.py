@@ -123,7 +123,7 @@ def test_yaml_examples_of_operations_parse() -> None:
 
 def test_plugin_example_is_a_plugin() -> None:
     """The example enrols as it stands, checks its section, and votes."""
-    example, effect_example = code_blocks(read("plugins.md"), "python")
+    example, effect_example, step_example = code_blocks(read("plugins.md"), "python")
     scope: dict[str, Any] = {}
     exec(compile(example, "docs/plugins.md", "exec"), scope)
     offered: dict[str, Any] = {}
@@ -147,6 +147,7 @@ def test_plugin_example_is_a_plugin() -> None:
 
     assert offered["hooks"].route_pod(Pod())[0] == "hyper_vm"
     exec(compile(effect_example, "docs/plugins.md", "exec"), {})
+    exec(compile(step_example, "docs/plugins.md", "exec"), {})
     REGISTERED.discard("example.make_disk")
 
 

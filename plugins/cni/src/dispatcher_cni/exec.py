@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.api import effect
+from dispatcher.api import annotate, effect
 
 OUTPUT_LIMIT = 1 << 20
 STDERR_KEPT = 16 << 10
@@ -106,6 +106,7 @@ async def run_plugin(
         PluginOverflow: too much output.
         OSError: it cannot be started.
     """
+    annotate(plugin=path.name, command=environment.get("CNI_COMMAND", ""))
     with contextlib.ExitStack() as stack:
         stdout, stderr = _Pipe(keep=OUTPUT_LIMIT), _Pipe(keep=STDERR_KEPT)
         stack.callback(stdout.close)
