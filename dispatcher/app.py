@@ -183,9 +183,7 @@ class App:
             now_ns=time.time_ns,
             pods_dir=config.state_dir / "pods",
             netns_dir=config.run_dir / "netns",
-            cgroup_driver=lambda: choose_cgroup_driver(
-                config.cgroup_driver, tuple(h.cgroup_driver for h in registry.all_health().values())
-            ),
+            cgroup_driver=lambda: choose_cgroup_driver(config.cgroup_driver, registry.all_health(), required()),
             overdue_runtimes=lambda: registry.overdue(required()),
             conditions=lambda: _conditions(store, policy),
             info=lambda: self._info(store, registry, policy),

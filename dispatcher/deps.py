@@ -85,4 +85,5 @@ class Deps:
             image_id=ImageId(container.image_id),
             image=self.images.get(ImageId(container.image_id)).config,
             facts=container.facts,
+            granted=container.granted,
         )

@@ -1,4 +1,8 @@
-"""One operation at a time per pod. Held by create and remove only; events, stops and reads never take it."""
+"""One operation at a time per key.
+
+The key that is a pod's id is that pod's operation lock: held by create and remove only; events, stops and reads never
+take it. Other keys have a prefix that says what they guard.
+"""
 
 from __future__ import annotations
 

@@ -81,7 +81,11 @@ class PodRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerRef:
-    """A container as the core names it to its runtime, with its pod."""
+    """A container as the core names it to its runtime, with its pod.
+
+    `spec` is what was asked at creation. `granted` is what the runtime answered last to a request for limits, which for
+    a container that is updated before its start is not what `spec` says; None before creation.
+    """
 
     id: ContainerId
     pod: PodRef
@@ -89,6 +93,7 @@ class ContainerRef:
     image_id: ImageId
     image: ImageConfig
     facts: Facts = field(default_factory=dict)
+    granted: Resources | None = None
 
 
 class Runtime(Protocol):

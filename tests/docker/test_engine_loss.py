@@ -56,7 +56,10 @@ async def fails_fast(world: World, *, within_s: float) -> None:
     pod = world.pods[-1]
     calls = (world.runtime.stop_pod(pod), world.runtime.remove_pod(pod), world.runtime.inspect((pod,), ()))
     began = time.monotonic()
-    assert not (await world.runtime.probe()).ready
+    health = await world.runtime.probe()
+    assert not health.ready
+    assert health.cgroup_driver == "cgroupfs", "what the engine was met with is forgotten while it is away"
+    assert health.features.supplemental_groups_policy
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(result).__mro__.count(RuntimeDown) for result in results] == [1, 1, 1]
     assert time.monotonic() - began < within_s

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dispatcher.errors import InvalidRequest, NotSupported
+from dispatcher.errors import DispatcherError, InvalidRequest, NotSupported
 from dispatcher.model import HugepageLimit, Resources
 from dispatcher_docker_shim import cgroups, host
-from tests.docker.kit import World, container_spec, pod_spec
+from dispatcher_docker_shim.limits_in_force import in_force
+from tests.docker.kit import World, container_spec, pod_spec, take
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="session")]
 MIB = 1 << 20
@@ -114,3 +116,71 @@ async def test_usage(world: World, busybox: str) -> None:
     await world.runtime.stop_container(container, 0)
     assert await world.runtime.stats((container,)) == ()
     await world.remove_pod(pod)
+
+
+async def test_an_update_before_the_start_holds_after_it(world: World, busybox: str) -> None:
+    """Limits that change between creation and start are those that the container starts with."""
+    pod = await world.make_pod()
+    first = Resources(cpu_shares=512, memory_limit_bytes=64 * MIB)
+    container = await world.make(pod, busybox, container_spec("sleep", "1000", resources=first))
+    granted = await world.runtime.update_resources(container, Resources(cpu_shares=256, memory_limit_bytes=96 * MIB))
+    await world.runtime.start_container(replace(container, granted=granted))
+    pid = world.engine.inspect(f"cri_{container.id}")["State"]["Pid"]
+    assert (granted.cpu_shares, granted.memory_limit_bytes) == (256, 96 * MIB)
+    assert read(pid, "memory", "memory.limit_in_bytes", "memory.max") == str(96 * MIB)
+    await world.remove_pod(pod)
+
+
+async def test_what_is_told_is_what_the_kernel_holds(world: World, busybox: str) -> None:
+    """Rounding is told as asked, no limit as none, and a limit that somebody else changed as it really is."""
+    pod = await world.make_pod()
+    limits = Resources(cpu_period_us=100_000, cpu_quota_us=50_000, memory_limit_bytes=64 * MIB + 5, cpuset_cpus="0-0")
+    container = await world.run(pod, busybox, container_spec("sleep", "1000", resources=limits))
+    granted = await world.runtime.update_resources(container, limits)
+    assert (granted.memory_limit_bytes, granted.cpuset_cpus) == (64 * MIB + 5, "0-0")
+
+    unlimited = await world.runtime.update_resources(container, replace(limits, cpu_quota_us=-1))
+    pid = world.engine.inspect(f"cri_{container.id}")["State"]["Pid"]
+    assert unlimited.cpu_quota_us == -1
+    assert read(pid, "cpu", "cpu.cfs_quota_us", "cpu.max").split()[0] in {"-1", "max"}
+
+    where = cgroups.of_process(pid)
+    assert where is not None
+    folder = where.folder("memory")
+    assert folder is not None
+    (folder / ("memory.limit_in_bytes" if where.version == 1 else "memory.max")).write_text(str(48 * MIB))
+    assert in_force(where, granted).memory_limit_bytes == 48 * MIB
+    await world.remove_pod(pod)
+
+
+async def test_an_update_that_the_kernel_refuses_changes_nothing(world: World, busybox: str) -> None:
+    """Memory in use cannot be limited away under version 1: the update fails as a whole, and the old limits hold."""
+    pod = await world.make_pod()
+    limits = Resources(cpu_period_us=100_000, cpu_quota_us=50_000, memory_limit_bytes=96 * MIB)
+    script = "dd if=/dev/zero of=/dev/shm/held bs=1M count=32 2>/dev/null; echo held; exec sleep 1000"
+    container = await world.run(pod, busybox, container_spec("sh", "-c", script, resources=limits))
+    await take(world.runtime.output(container, 0), 1)
+    pid = world.engine.inspect(f"cri_{container.id}")["State"]["Pid"]
+    where = cgroups.of_process(pid)
+    assert where is not None
+    if where.version == 2:
+        await world.remove_pod(pod)
+        pytest.skip("version 2 reclaims or kills instead of refusing")
+    with pytest.raises(DispatcherError):
+        await world.runtime.update_resources(container, replace(limits, memory_limit_bytes=8 * MIB, cpu_quota_us=9000))
+    assert read(pid, "memory", "memory.limit_in_bytes", "memory.max") == str(96 * MIB)
+    assert read(pid, "cpu", "cpu.cfs_quota_us", "cpu.max") == "50000"
+    await world.remove_pod(pod)
+
+
+async def test_limits_of_the_pod_need_a_cgroup_of_the_pod(world: World) -> None:
+    """The pod's cgroup is its owner's; without one there is nothing that could hold limits of the whole pod."""
+    wanted = Resources(memory_limit_bytes=64 * MIB)
+    parent = f"{world.engine.cgroup_parent}/kubepods/pod-y"
+    pod = await world.make_pod(pod_spec(cgroup_parent=parent))
+    await world.runtime.update_pod_resources(pod, None, wanted)
+    bare = await world.make_pod()
+    with pytest.raises(NotSupported, match="no cgroup of its own"):
+        await world.runtime.update_pod_resources(bare, None, wanted)
+    await world.remove_pod(pod)
+    await world.remove_pod(bare)

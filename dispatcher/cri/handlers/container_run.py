@@ -120,17 +120,23 @@ def container_info(record: ContainerRecord, pod: PodRecord | None) -> dict[str, 
 async def update_resources(
     request: pb.UpdateContainerResourcesRequest, deps: Deps
 ) -> pb.UpdateContainerResourcesResponse:
-    """Change limits of a container; the status then reports what is really in force."""
-    asked = validate.resources(request.linux)
-    record = get_container(request.container_id, deps)
-    pod = deps.store.get_pod(record.pod_id)
-    if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
-        raise WrongState(f"The container {record.id} is {record.state}.", container_id=record.id)
+    """Change limits of a container; the status then reports what is really in force.
 
-    runtime = deps.registry.ability(pod.route.runtime, CanUpdateResources)
-    wanted = merge(record.granted or record.spec.resources or Resources(), asked)
-    granted = await runtime.update_resources(deps.container_ref(record, pod), wanted)
-    await deps.store.update_container(record.id, granted=granted)
+    One at a time per container: each is merged with what the one before it left.
+    """
+    asked = validate.resources(request.linux)
+    container_id = get_container(request.container_id, deps).id
+
+    async with deps.locks.hold(f"resources/{container_id}"):
+        record = get_container(container_id, deps)
+        pod = deps.store.get_pod(record.pod_id)
+        if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+            raise WrongState(f"The container {record.id} is {record.state}.", container_id=record.id)
+
+        runtime = deps.registry.ability(pod.route.runtime, CanUpdateResources)
+        wanted = merge(record.granted or record.spec.resources or Resources(), asked)
+        granted = await runtime.update_resources(deps.container_ref(record, pod), wanted)
+        await deps.store.update_container(record.id, granted=granted)
     return pb.UpdateContainerResourcesResponse()
 
 

@@ -98,6 +98,6 @@ async def update_runtime_config(request: pb.UpdateRuntimeConfigRequest, deps: De
 
 
 async def runtime_config(request: pb.RuntimeConfigRequest, deps: Deps) -> pb.RuntimeConfigResponse:
-    """The node's cgroup driver, which the kubelet adopts."""
+    """The node's cgroup driver, which the kubelet adopts; UNAVAILABLE, on which it asks again, while it is not known."""
     driver = pb.SYSTEMD if deps.cgroup_driver() == "systemd" else pb.CGROUPFS
     return pb.RuntimeConfigResponse(linux=pb.LinuxRuntimeConfiguration(cgroup_driver=driver))

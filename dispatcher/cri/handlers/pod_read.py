@@ -30,6 +30,8 @@ def pod_info(record: PodRecord, deps: Deps) -> dict[str, str]:
                 "attachment": record.attachment,
                 "facts": dict(record.facts),
                 "notes": record.notes,
+                "resources": record.resources,
+                "overhead": record.overhead,
                 "netns": None if record.plan is None else str(deps.netns_path(record.id)),
                 "version": record.version,
             }
@@ -40,13 +42,13 @@ def pod_info(record: PodRecord, deps: Deps) -> dict[str, str]:
 async def update_resources(
     request: pb.UpdatePodSandboxResourcesRequest, deps: Deps
 ) -> pb.UpdatePodSandboxResourcesResponse:
-    """Record the pod's new limits and hand them to its runtime where it can follow. Best effort, as CRI says."""
+    """Hand the pod's new limits to its runtime where it has a part in them, and record what it did not refuse."""
     overhead = validate.resources(request.overhead) if request.HasField("overhead") else None
     wanted = validate.resources(request.resources) if request.HasField("resources") else None
     record = get_pod(request.pod_sandbox_id, deps)
 
-    runtime = deps.runtime_of(record)
-    if isinstance(runtime, CanUpdatePod):
+    runtime = deps.registry.find_ability(record.route.runtime, CanUpdatePod)
+    if runtime is not None:
         await runtime.update_pod_resources(deps.pod_ref(record), overhead, wanted)
     await deps.store.update_pod(record.id, overhead=overhead or record.overhead, resources=wanted or record.resources)
     return pb.UpdatePodSandboxResourcesResponse()

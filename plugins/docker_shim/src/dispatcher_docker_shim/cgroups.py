@@ -6,8 +6,9 @@ it is comes from the kernel (/proc/PID/cgroup), never from a name that we comput
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,16 +125,54 @@ def write_extra(where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified:
     Raises:
         NotSupported: the kernel refused a value; its own error is the cause.
     """
+    for path, value in _extra(where, hugepages, unified):
+        _write(path, value)
+
+
+@contextlib.contextmanager
+def extra_kept_if_done(
+    where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
+) -> Iterator[None]:
+    """Write as `write_extra` does, and put back what stood before if that, or the block, fails."""
+    before = [(path, _value(path)) for path, _ in _extra(where, hugepages, unified)]
+    try:
+        write_extra(where, hugepages, unified)
+        yield
+    except BaseException:
+        with contextlib.suppress(NotSupported):
+            _put_back(before)
+        raise
+
+
+@effect("docker.restore_cgroup")
+def _put_back(before: list[tuple[Path, str]]) -> None:
+    for path, value in before:
+        if value and _value(path) != value:
+            _write(path, value)
+
+
+def _extra(
+    where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
+) -> Iterator[tuple[Path, str]]:
     folder = where.folder("hugetlb")
     for limit in hugepages:
         names = ["limit_in_bytes"] if where.version == 1 else ["max", "rsvd.max"]
         for name in names:
             path = folder / f"hugetlb.{limit.page_size}.{name}" if folder else None
             if path is not None and path.exists():
-                _write(path, str(limit.limit_bytes))
+                yield path, str(limit.limit_bytes)
     if where.version == 2 and where.unified is not None:
         for key, value in unified.items():
-            _write(where.unified / key, value)
+            yield where.unified / key, value
+
+
+def _value(path: Path) -> str:
+    """What a file of one value holds; "" for those of several, which cannot be put back as they were read."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+    return "" if "\n" in text else text
 
 
 def _write(path: Path, value: str) -> None:

@@ -99,18 +99,26 @@ class EngineLink:
         return self._age
 
     async def probe(self) -> RuntimeHealth:
-        """Ping, and judge what is known of the engine. Answers within the ping's deadline; never raises."""
+        """Ping, and judge what is known of the engine. Answers within the ping's deadline; never raises.
+
+        An engine that is away keeps what it was met with: its cgroup driver and features do not change by that.
+        """
         try:
             pong = await self.sockets.ping()
         except DispatcherError as error:
-            return RuntimeHealth(ready=False, reason="EngineDown", message=error.message)
+            return self._health(self.traits, "EngineDown", error.message)
         traits = self.traits
         if traits is None or not self.events.connected or _identify(pong) != self._process:
             why = self.events.last_error or "the subscription to the engine's events is not open yet"
-            return RuntimeHealth(ready=False, reason="EngineStarting", message=why)
+            return self._health(traits, "EngineStarting", why)
         reason, message = _refusal(traits)
         if not reason and self._pause_problem:
             reason, message = "PauseMissing", self._pause_problem
+        return self._health(traits, reason, message)
+
+    def _health(self, traits: EngineTraits | None, reason: str, message: str) -> RuntimeHealth:
+        if traits is None:
+            return RuntimeHealth(ready=not reason, reason=reason, message=message)
         return RuntimeHealth(
             ready=not reason,
             reason=reason,

@@ -14,7 +14,7 @@ from typing import Any
 
 from dispatcher.api import ContainerRef, ContainerUsage, ExecSpec, PodRef, Process, RuntimeHealth, Services
 from dispatcher.api.containers import stop_signal
-from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, RuntimeDown, WrongState
+from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, NotSupported, RuntimeDown, WrongState
 from dispatcher.model import (
     Change,
     CreatedContainer,
@@ -35,6 +35,7 @@ from dispatcher_docker_shim.engine import EngineLink
 from dispatcher_docker_shim.errors import EngineConflict
 from dispatcher_docker_shim.facts import EngineFacts, all_of, name_of
 from dispatcher_docker_shim.inotify import FolderWatch
+from dispatcher_docker_shim.limits_in_force import in_force
 from dispatcher_docker_shim.observe import container_facts
 from dispatcher_docker_shim.oom import OomWitness
 from dispatcher_docker_shim.output import LogFile, Trimmer, follow, log_file
@@ -54,7 +55,7 @@ _PAUSE_EXITS = {
 
 
 class DockerRuntime:
-    """Pods in a Docker Engine. Implements `Runtime` and every optional ability but `CanPrepare` and `CanUpdatePod`."""
+    """Pods in a Docker Engine. Implements `Runtime` and every optional ability but `CanPrepare`."""
 
     name = "docker"
     isolation = Isolation.SHARED_KERNEL
@@ -215,7 +216,7 @@ class DockerRuntime:
         return container_facts(found, self._link.age)
 
     async def _limit_further(self, container: ContainerRef, name: str, found: Mapping[str, Any]) -> None:
-        wanted = container.spec.resources
+        wanted = container.granted or container.spec.resources
         pid = int(found["State"].get("Pid") or 0)
         if wanted is None or not pid or not (wanted.hugepage_limits or wanted.unified):
             return
@@ -244,19 +245,34 @@ class DockerRuntime:
         await self._remove(naming.engine_name(container.id))
 
     async def update_resources(self, container: ContainerRef, wanted: Resources) -> Resources:
-        """Change limits now. What the engine has no word for is written to the container's own cgroup."""
+        """Change limits now, all or none, and read back from the kernel what holds.
+
+        What the engine has no word for is written to the container's own cgroup first, and put back when the engine
+        refuses the rest. The engine never changes an OOM score.
+        """
         traits = self._link.need_traits()
         name = naming.engine_name(container.id)
         found = await self._client.inspect(name)
         granted, limits = merge_limits(wanted, traits)
+        granted = replace(granted, oom_score_adj=int(found["HostConfig"].get("OomScoreAdj") or 0))
         cgroups.check_extra(wanted.hugepage_limits, wanted.unified, version=traits.cgroup_version)
-        if limits:
-            await self._client.update(name, limits)
         pid = int(found["State"].get("Pid") or 0)
         where = cgroups.of_process(pid) if pid else None
-        if where is not None:
-            cgroups.write_extra(where, wanted.hugepage_limits, wanted.unified)
-        return replace(granted, oom_score_adj=int(found["HostConfig"].get("OomScoreAdj") or 0))
+        if where is None:
+            await self._client.update(name, limits)
+            return granted  # extras are written when it starts
+        with cgroups.extra_kept_if_done(where, wanted.hugepage_limits, wanted.unified):
+            await self._client.update(name, limits)
+        return await asyncio.to_thread(in_force, where, granted)
+
+    async def update_pod_resources(self, pod: PodRef, overhead: Resources | None, wanted: Resources | None) -> None:
+        """The containers are in the pod's cgroup, which its owner has resized before it tells: nothing is left to do.
+
+        A pod without such a cgroup has no limits of its own, so that a change of them is refused.
+        """
+        del overhead, wanted
+        if not pod.spec.cgroup_parent:
+            raise NotSupported(f"the pod {pod.id} has no cgroup of its own, so nothing limits its containers together")
 
     # ----------------------------------------------------------------------------------------------------------- facts
     async def inspect(self, pods: tuple[PodRef, ...], containers: tuple[ContainerRef, ...]) -> Snapshot:
