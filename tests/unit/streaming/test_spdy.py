@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dispatcher.api import ExecStream
 from dispatcher.model import make_container_id
-from dispatcher_streaming import portforward, remotecommand
+from dispatcher_streaming import messages, portforward, remotecommand
 from dispatcher_streaming.portforward import PortForward
 from dispatcher_streaming.remotecommand import SpdyCommand
 from dispatcher_streaming.spdy.connection import Connection, DataReceived, ProtocolError, StreamAccepted, StreamReset
@@ -143,7 +143,66 @@ def test_a_flood_of_sizes_keeps_nothing() -> None:
     assert reader.feed(b'ight":24}\n{"width":0,"height":1}') == [remotecommand.Resize(80, 24)]
     for _ in range(100):
         reader.feed(b"{" * 5000)
-    assert len(reader._text) <= 5000
+    assert len(reader._text) <= 1024
+    assert reader.feed(b'}{"Width":81,"Height":25}') == [remotecommand.Resize(81, 25)]
+
+
+ODD_SIZES = (
+    b'{"Width":1,"Height":1}{"Width":true,"Height":true}{"a":' + b"[" * 900 + b"}",
+    b'{"Width":1.5,"Height":2}{"Width":' + b" " * 3000 + b'3,"Height":3}{"Width":4,"Height":4}',
+    b'}}{"Height":7,"WIDTH":6}\0\xff}[]{"Width":"8","Height":8}',
+)
+
+
+@pytest.mark.parametrize("wire", ODD_SIZES)
+def test_sizes_mean_the_same_however_they_are_cut(wire: bytes) -> None:
+    whole = remotecommand.ResizeReader().feed(wire)
+    for size in (1, 7, 500, 1025):
+        reader = remotecommand.ResizeReader()
+        assert [s for i in range(0, len(wire), size) for s in reader.feed(wire[i : i + size])] == whole
+    assert all(type(found.width) is int for found in whole)
+
+
+def test_an_end_of_input_may_be_told_again() -> None:
+    """By FIN, by a reset behind it, by CLOSE over WebSocket: the process's input ends once, the session goes on."""
+    client, session = Connection(is_client=True), SpdyCommand(EXEC, 4)
+    session.receive(b"".join(client.open({"streamtype": n})[1] for n in ("error", "stdin", "stdout", "stderr")))
+    assert session.receive(client.send(3, b"x", fin=True))[0] == [
+        remotecommand.StdinData(b"x"),
+        remotecommand.StdinEnd(),
+    ]
+    again, answer = session.receive(data(3, b"late", fin=True))
+    assert again == [remotecommand.StdinEnd()]
+    assert [type(e) for e in client.receive(answer)] == [StreamReset]
+    assert session.receive(data(3, b"later"))[0] == []
+    websocket = remotecommand.WebSocketCommand(EXEC, "v5.channel.k8s.io")
+    assert [websocket.receive(b"\xff\0") for _ in range(2)] == [[remotecommand.StdinEnd()]] * 2
+    assert websocket.receive(b"\xff\1") == []
+    assert remotecommand.WebSocketCommand(EXEC, "v4.channel.k8s.io").receive(b"\xff\0") == []
+
+
+def test_what_is_refused_does_not_depend_on_cuts() -> None:
+    """Refused streams do not stay in the way of those behind them in the same read."""
+    client = Connection(is_client=True)
+    wire = b"".join(client.open({"streamtype": "nonsense"})[1] for _ in range(1500))
+    wire += b"".join(client.open({"streamtype": n})[1] for n in ("error", "stdin", "stdout", "stderr"))
+    assert play([wire])[0] == play([wire[i : i + 100] for i in range(0, len(wire), 100)])[0] == [remotecommand.Ready()]
+
+
+@pytest.mark.parametrize("protocol", remotecommand.WEBSOCKET_PROTOCOLS)
+def test_every_websocket_protocol_carries_all_channels(protocol: str) -> None:
+    session = remotecommand.WebSocketCommand(EXEC, protocol)
+    join = messages.join
+    assert session.greeting() == [join(1, b"", protocol)]
+    assert session.receive(join(0, b"in\0", protocol)) == [remotecommand.StdinData(b"in\0")]
+    assert session.receive(join(4, b'{"Width":5,"Height":6}', protocol)) == [remotecommand.Resize(5, 6)]
+    assert session.receive(join(1, b"not ours to read", protocol)) == []
+    assert session.receive(b"") == []
+    assert session.output("stdout", b"\xff") == [join(1, b"\xff", protocol)]
+    (told,) = session.finish(7)
+    channel, status = messages.split(told, protocol)
+    assert channel == 3
+    assert status == remotecommand.status_bytes(session.version, 7, "")
 
 
 # -------------------------------------------------------------------------------------------------------- port-forward
@@ -193,3 +252,73 @@ def test_odd_ports_are_refused(port: str) -> None:
     events, answer = session.receive(wire)
     assert events == []
     assert [type(e) for e in client.receive(answer)] == [StreamReset, StreamReset]
+
+
+def test_half_open_pairs_are_given_up_in_time() -> None:
+    """With a sentence where there is an error stream to say it on; whole pairs stay."""
+    now = [0.0]
+    client, session = Connection(is_client=True), PortForward(clock_s=lambda: now[0])
+    _, _, wire = opened(client, "whole")
+    client.receive(session.receive(wire)[1])
+    error, first = client.open({"streamtype": "error", "port": "1", "requestid": "a"}, fin=True)
+    stream, second = client.open({"streamtype": "data", "port": "1", "requestid": "b"})
+    client.receive(session.receive(first + second)[1])
+    now[0] = portforward.PAIR_S - 0.1
+    assert session.expire() == b""
+    now[0] = portforward.PAIR_S
+    found = client.receive(session.expire())
+    assert isinstance(found[0], DataReceived)
+    assert (found[0].stream_id, found[0].fin) == (error, True)
+    assert b"30 s" in found[0].data
+    assert [e.stream_id for e in found[1:] if isinstance(e, StreamReset)] == [stream]
+    assert list(session._pairs) == ["whole"]
+    assert session.expire() == b""
+
+
+def test_data_ahead_of_the_error_stream_waits_for_it_within_bounds() -> None:
+    client, session = Connection(is_client=True), PortForward()
+    stream, first = client.open({"streamtype": "data", "port": "80", "requestid": "0"})
+    assert session.receive(first + data(stream, b"early ") + data(stream, b"bytes", fin=True))[0] == []
+    _, second = client.open({"streamtype": "error", "port": "80", "requestid": "0"}, fin=True)
+    assert session.receive(second)[0] == [
+        portforward.Connect("0", 80),
+        portforward.Data("0", b"early bytes"),
+        portforward.End("0"),
+    ]
+    stream, third = client.open({"streamtype": "data", "port": "80", "requestid": "1"})
+    for _ in range(100):
+        assert session.receive(third + data(stream, b"x" * 1000))[0] == []
+        third = b""
+    assert list(session._pairs) == ["0"]
+
+
+def test_a_session_carries_512_connections_and_not_one_more() -> None:
+    client, session = Connection(is_client=True), PortForward()
+    for number in range(512):
+        events, _ = session.receive(opened(client, str(number))[2])
+        assert events == [portforward.Connect(str(number), 80)]
+    events, answer = session.receive(opened(client, "more")[2])
+    assert events == []
+    assert [e.status for e in client.receive(answer) if isinstance(e, StreamReset)] == [3, 3]
+
+
+def test_a_pod_that_ends_first_can_still_be_sent_to() -> None:
+    client, session = Connection(is_client=True), PortForward()
+    error, stream, wire = opened(client, "0")
+    client.receive(session.receive(wire)[1])
+    assert client.receive(session.end_output("0")) == [DataReceived(stream, b"", True)]
+    assert session.receive(client.send(stream, b"more", fin=True))[0] == [
+        portforward.Data("0", b"more"),
+        portforward.End("0"),
+    ]
+    assert client.receive(session.end("0")) == [DataReceived(error, b"", True)]
+    assert session.connection.stream_count == 0
+
+
+def test_a_connection_that_is_given_up_says_nothing_on_its_error_stream() -> None:
+    """Clients close their whole session on such a word."""
+    client, session = Connection(is_client=True), PortForward()
+    error, stream, wire = opened(client, "0")
+    client.receive(session.receive(wire)[1])
+    assert client.receive(session.give_up("0")) == [StreamReset(stream, 5), DataReceived(error, b"", True)]
+    assert session.connection.stream_count == 0

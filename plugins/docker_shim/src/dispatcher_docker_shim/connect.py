@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from dispatcher.api import run_in_namespace
 from dispatcher.errors import InvalidRequest
 
 _DEADLINE_S = 10.0
 _PIECE = 64 * 1024
+
+T = TypeVar("T")
 
 
 async def open_in_netns(netns_path: str, port: int) -> SocketProcess:
@@ -34,8 +37,7 @@ async def open_in_netns(netns_path: str, port: int) -> SocketProcess:
     except OSError as error:
         raise InvalidRequest(f"cannot connect to port {port} in the pod: {error.strerror or error}") from error
     made.setblocking(False)
-    reader, writer = await asyncio.open_connection(sock=made, limit=_PIECE)
-    return SocketProcess(reader, writer)
+    return SocketProcess(made)
 
 
 def _connect(port: int) -> socket.socket:
@@ -58,16 +60,22 @@ def _connect(port: int) -> socket.socket:
 
 
 class SocketProcess:
-    """A connection in the shape of `Process`: "stdout" is what the peer sends."""
+    """A connection in the shape of `Process`: "stdout" is what the peer sends.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    It reads from the socket only when its reader asks, so that hundreds of connections whose client is slow cost one
+    piece each: the rest waits in the kernel, and then in the pod.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
+        self._users: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     async def output(self) -> AsyncIterator[tuple[str, bytes]]:
         try:
-            while data := await self._reader.read(_PIECE):
+            while data := await self._receive():
                 yield "stdout", data
         except OSError:
             pass  # reset by the peer: the stream is over
@@ -76,15 +84,13 @@ class SocketProcess:
 
     async def write_stdin(self, data: bytes) -> None:
         try:
-            for start in range(0, len(data), _PIECE):
-                self._writer.write(data[start : start + _PIECE])
-                await self._writer.drain()
-        except (OSError, RuntimeError) as error:
+            await self._send(data)
+        except OSError as error:
             raise BrokenPipeError("the pod closed the connection") from error
 
     async def close_stdin(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            self._writer.write_eof()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     async def resize(self, width: int, height: int) -> None:
         """A connection has no size."""
@@ -94,8 +100,45 @@ class SocketProcess:
         return 0
 
     async def kill(self) -> None:
+        """Reset the connection. What is under way on it ends first: a closed descriptor must not be watched."""
         self._ended.set()
-        self._writer.transport.abort()
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._users:
+            task.cancel()
+        await asyncio.gather(*self._users, return_exceptions=True)
+        self._socket.close()
 
     async def aclose(self) -> None:
         await self.kill()
+
+    async def _receive(self) -> bytes:
+        try:
+            data = self._socket.recv(_PIECE)
+        except BlockingIOError:
+            return await self._use(self._loop.sock_recv(self._socket, _PIECE))
+        await asyncio.sleep(0)  # a pod that always has more must leave the loop to others
+        return data
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self._use(self._loop.sock_sendall(self._socket, memoryview(data)[sent:]))
+
+    async def _use(self, act: Coroutine[Any, Any, T]) -> T:
+        """Wait for one act on the socket, as long as that is open. Raises OSError when it is closed meanwhile."""
+        task = asyncio.ensure_future(act)
+        self._users.add(task)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)  # until the loop has forgotten the descriptor
+            self._users.discard(task)
+        if task.cancelled():
+            raise ConnectionResetError("the connection was closed")
+        return task.result()

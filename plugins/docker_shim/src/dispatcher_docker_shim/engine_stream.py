@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 
@@ -208,10 +208,6 @@ class HijackedStream:
         except OSError:
             return b""
 
-    def unread(self, data: bytes) -> None:
-        """Give back what was read, to be read again first."""
-        self._ahead = data + self._ahead
-
     def stop_reading(self) -> None:
         """Make `read` report the end once what has arrived is read."""
         self._writer.transport.abort()
@@ -236,7 +232,14 @@ class HijackedStream:
         self._writer.transport.abort()
 
 
-async def demultiplex(stream: HijackedStream, *, tty: bool) -> AsyncIterator[tuple[str, bytes]]:
+class Readable(Protocol):
+    """What brings the bytes of a stream."""
+
+    async def read(self) -> bytes:
+        """Some bytes, or b"" at the end."""
+
+
+async def demultiplex(stream: Readable, *, tty: bool) -> AsyncIterator[tuple[str, bytes]]:
     """Yield ("stdout" | "stderr", bytes) in order, in pieces of at most 64 KiB.
 
     Raises:

@@ -2,7 +2,8 @@
 
 Theory of operation. The engine gives an exec one hijacked connection for its streams and no way to kill it, so the
 process itself is held by a pidfd: it tells of the exit at once and cannot name another process. The exit code is the
-engine's. A child that keeps the pipe open after the exit gets a short time, then the output ends.
+engine's. At the exit all that the process wrote is fetched from the engine at once, at whatever pace it is read
+(`ahead`). A child that keeps the pipe open after the exit gets a short time, then the output ends.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, RuntimeDown, WrongState
 from dispatcher_docker_shim import host
+from dispatcher_docker_shim.ahead import ReadAhead
 from dispatcher_docker_shim.docker_client import DockerClient
 from dispatcher_docker_shim.engine_stream import EngineSocket, HijackedStream, demultiplex
 
-_DRAIN_S = 3.0  # the engine itself closes an exec's streams two seconds after the exit
+_DRAIN_S = 3.0  # without a byte; the engine itself closes an exec's streams two seconds after the exit
 _CODE_DEADLINE_S = 10.0
 _UNREAD_S = 4.0
 _KILLED, _NOT_EXECUTED = 137, 126
@@ -67,30 +69,32 @@ class ExecProcess:
     ) -> None:
         self._client = client
         self._stream = stream
+        self._ahead = ReadAhead(stream)
+        self._cutting: asyncio.Task[None] | None = None
         self._id = exec_id
         self._tty = tty
         self._ended = ended
         self._root: host.Stat | None = None
         self._pidfd: int | None = None
         self._closed = False
-        self._first: asyncio.Task[bytes] | None = None
         self._code: int | None = None
         self._killed = False
 
     async def has_started(self) -> bool:
         """Wait until the process runs (or ran); False when it could not be executed."""
-        self._first = asyncio.ensure_future(self._stream.read())
         pause_s = 0.005
         while True:
             state = await self._client.inspect_exec(self._id)
             pid = int(state.get("Pid") or 0)
             if pid > 0:
                 self._hold(pid, str(state.get("ContainerID", "")))
+                self._cutting = asyncio.ensure_future(self._cut_after_exit())
                 return True
             if not state.get("Running") and state.get("ExitCode") is not None:
                 return False
-            await asyncio.wait({self._first}, timeout=pause_s)
-            if self._first.done():
+            if self._ahead.count == 0:
+                await self._ahead.wait_first(pause_s)
+            else:
                 await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.1)
 
@@ -106,33 +110,31 @@ class ExecProcess:
         self._pidfd, self._root = fd, root
 
     async def output(self) -> AsyncIterator[tuple[str, bytes]]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            self._stream.unread(await first)
-        pieces = demultiplex(self._stream, tty=self._tty)
-        drain = asyncio.ensure_future(self._cut_after_exit())
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            drain.cancel()
+        async for piece in demultiplex(self._ahead, tty=self._tty):
+            yield piece
 
     async def _cut_after_exit(self) -> None:
-        """End the output some time after the exit, should a child hold the pipe.
+        """Fetch what is left at the exit, and end the output where nothing comes any more, should a child hold the pipe.
 
-        First the engine has to tell the exit code: an older one makes it 126 when its client leaves too early.
+        Before it ends the engine has to tell the exit code: an older one makes it 126 when its client leaves too early.
         """
-        await self._wait_end()
+        with contextlib.suppress(DispatcherError):
+            await self._wait_end()
+        self._ahead.keep_all()
         with contextlib.suppress(DispatcherError):
             self._code = self._code if self._code is not None else await self._exit_code(deadline_s=_UNREAD_S)
-        await asyncio.sleep(_DRAIN_S)
+        count = -1
+        while count != self._ahead.count or not self._ahead.is_silent:
+            count = self._ahead.count
+            await asyncio.sleep(_DRAIN_S)
         self._stream.stop_reading()
 
     async def write_stdin(self, data: bytes) -> None:
         await self._stream.write(data)
 
     async def close_stdin(self) -> None:
-        self._stream.close_write()
+        if not self._tty:  # a terminal has no half-close: the engine would end the output
+            self._stream.close_write()
 
     async def resize(self, width: int, height: int) -> None:
         if not self._tty or not (0 < width < 65536 and 0 < height < 65536):
@@ -165,8 +167,9 @@ class ExecProcess:
         if self._closed:
             return
         self._closed = True
-        if self._first is not None:
-            self._first.cancel()
+        if self._cutting is not None:
+            self._cutting.cancel()
+        self._ahead.close()
         self._stream.abort()
         if self._pidfd is not None:
             fd, self._pidfd = self._pidfd, None
@@ -203,7 +206,17 @@ class ExecProcess:
 
 
 class AttachProcess:
-    """An attachment to a container's first process."""
+    """An attachment to a container's first process.
+
+    Args:
+        client: for the size of its terminal.
+        stream: what the engine gave.
+        name: of the container in the engine.
+        pid: of the process; 0 where it is not known.
+        tty: it has a terminal.
+        closes_stdin: the end of this input is the end of the process's (stdin_once); else another attachment may follow.
+        exit_code: asks for its exit code, once its output has ended.
+    """
 
     def __init__(
         self,
@@ -211,19 +224,30 @@ class AttachProcess:
         stream: HijackedStream,
         name: str,
         *,
+        pid: int,
         tty: bool,
+        closes_stdin: bool,
         exit_code: Callable[[], Awaitable[int]],
     ) -> None:
         self._client = client
         self._stream = stream
+        self._ahead = ReadAhead(stream)
         self._name = name
         self._tty = tty
+        self._closes_stdin = closes_stdin
         self._exit_code = exit_code
         self._over = asyncio.Event()
+        self._pidfd = host.open_pidfd(pid) if pid > 0 else None
+        self._ending = asyncio.ensure_future(self._keep_all_at_exit())
+
+    async def _keep_all_at_exit(self) -> None:
+        if self._pidfd is not None:
+            await host.wait_pidfd(self._pidfd)
+            self._ahead.keep_all()
 
     async def output(self) -> AsyncIterator[tuple[str, bytes]]:
         try:
-            async for piece in demultiplex(self._stream, tty=self._tty):
+            async for piece in demultiplex(self._ahead, tty=self._tty):
                 yield piece
         finally:
             self._over.set()
@@ -232,7 +256,10 @@ class AttachProcess:
         await self._stream.write(data)
 
     async def close_stdin(self) -> None:
-        self._stream.close_write()
+        # Half-closing where the input stays open would make the engine end the output: so it does for a terminal, which
+        # has no half-close either, and for a container without StdinOnce.
+        if self._closes_stdin and not self._tty:
+            self._stream.close_write()
 
     async def resize(self, width: int, height: int) -> None:
         if not self._tty or not (0 < width < 65536 and 0 < height < 65536):
@@ -249,4 +276,10 @@ class AttachProcess:
 
     async def aclose(self) -> None:
         self._over.set()
+        self._ending.cancel()
+        await asyncio.gather(self._ending, return_exceptions=True)
+        self._ahead.close()
         self._stream.abort()
+        if self._pidfd is not None:
+            fd, self._pidfd = self._pidfd, None
+            os.close(fd)

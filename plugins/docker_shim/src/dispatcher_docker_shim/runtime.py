@@ -355,7 +355,15 @@ class DockerRuntime:
                 await asyncio.sleep(0.05)
             return 0  # detached from a container that runs on
 
-        return AttachProcess(self._client, stream, name, tty=container.spec.tty, exit_code=exit_code)
+        return AttachProcess(
+            self._client,
+            stream,
+            name,
+            pid=int(state.get("Pid") or 0),
+            tty=container.spec.tty,
+            closes_stdin=container.spec.stdin_once,
+            exit_code=exit_code,
+        )
 
     async def connect(self, pod: PodRef, port: int) -> Process:
         """Connect inside the pod's namespace."""

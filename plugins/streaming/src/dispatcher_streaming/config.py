@@ -29,7 +29,10 @@ class StreamingConfig(BaseModel):
     idle_s: Annotated[float, Field(strict=False, gt=0)] = 4 * 3600.0
     token_lifetime_s: Annotated[float, Field(strict=False, gt=0, le=3600)] = 60.0
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    drain_s: Annotated[float, Field(strict=False, gt=0, le=86_400)] = 300.0
     max_connections: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    max_forwards: Annotated[int, Field(ge=1, le=100_000)] = 4096
+    buffer_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 34)] = 64 << 20
     tls_cert: Annotated[Path | None, Field(strict=False)] = None
     tls_key: Annotated[Path | None, Field(strict=False)] = None
 

@@ -2,12 +2,15 @@
 
 A client opens an error stream (and half-closes it at once), then a data stream, both with the headers `port` and
 `requestid`. An old client sends no request id: its error stream n then goes with its data stream n + 2.
+What may wait is bounded: a pair whose other half does not come has a deadline, and of data that comes before its error
+stream a little is kept. Worst case per session: 1024 streams (`spdy.connection`) with 16 KiB each, 16 MiB.
 Source: the portforward.k8s.io protocol as client-go speaks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher_streaming.spdy.connection import (
@@ -20,7 +23,10 @@ from dispatcher_streaming.spdy.connection import (
 from dispatcher_streaming.spdy.frames import Status
 
 PROTOCOL = "portforward.k8s.io"
-TUNNEL = "SPDY/3.1+portforward.k8s.io"
+TUNNELS = ("SPDY/3.1+portforward.k8s.io", "v2.portforward.k8s.io")  # the same SPDY inside a WebSocket
+PAIR_S = 30.0  # for the second stream of a connection to come
+HALF_CLOSE_S = 1.0  # without a byte from a client to a pod that has ended its own side
+_MAX_EARLY = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +70,27 @@ Event = Connect | Data | End | Reset | Gone
 @dataclass(slots=True)
 class _Pair:
     port: int
+    since_s: float
     error_id: int = 0
     data_id: int = 0
+    early: bytearray = field(default_factory=bytearray)  # data that came before the error stream
+    early_end: bool = False
 
 
 @dataclass(slots=True)
 class PortForward:
-    """One session. Feed `receive`; send all bytes that any method returns, in order."""
+    """One session. Feed `receive`; send all bytes that any method returns, in order.
+
+    Args:
+        clock_s: a monotonic clock, in seconds.
+    """
 
     connection: Connection = field(default_factory=Connection)
+    clock_s: Callable[[], float] = time.monotonic
+    half_close_s: float = HALF_CLOSE_S
+    is_over: bool = False  # a client may open connections until it leaves
     _pairs: dict[str, _Pair] = field(default_factory=dict)
+    _halves: dict[str, None] = field(default_factory=dict)  # of pairs, the oldest first
     _keys: dict[int, str] = field(default_factory=dict)  # of data streams
     _errors: dict[int, str] = field(default_factory=dict)  # of error streams
 
@@ -81,16 +98,12 @@ class PortForward:
         """Return what the peer's bytes mean, and what to send back. Raises ProtocolError."""
         events: list[Event] = []
         output = bytearray()
-        for event in self.connection.receive(received):
+        self.connection.feed(received)
+        for event in self.connection.events():
             if isinstance(event, StreamOpened):
                 output += self._open(event, events)
             elif isinstance(event, DataReceived):
-                key = self._keys.get(event.stream_id)
-                if key is not None:
-                    if event.data:
-                        events.append(Data(key, event.data))
-                    if event.fin:
-                        events.append(End(key))
+                output += self._data(event, events)
             elif isinstance(event, StreamReset):
                 output += self._reset(event.stream_id, events)
             elif isinstance(event, GoingAway):
@@ -103,7 +116,10 @@ class PortForward:
             return self.connection.reset(event.stream_id, Status.REFUSED_STREAM)
         default = event.stream_id if kind == "error" else event.stream_id - 2
         key = event.headers.get("requestid") or f"stream {default}"
-        pair = self._pairs.setdefault(key, _Pair(port))
+        pair = self._pairs.get(key)
+        if pair is None:
+            pair = self._pairs[key] = _Pair(port, self.clock_s())
+            self._halves[key] = None
         taken = pair.error_id if kind == "error" else pair.data_id
         if taken or pair.port != port:
             return self.connection.reset(event.stream_id, Status.REFUSED_STREAM)
@@ -112,10 +128,45 @@ class PortForward:
             self._errors[event.stream_id] = key
         else:
             pair.data_id = event.stream_id
+            pair.early_end = event.fin
             self._keys[event.stream_id] = key
+        reply = self.connection.accept(event.stream_id)
         if pair.error_id and pair.data_id:
+            del self._halves[key]
             events.append(Connect(key, port))
-        return self.connection.accept(event.stream_id)
+            if pair.early:
+                events.append(Data(key, bytes(pair.early)))
+                pair.early.clear()
+            if pair.early_end:
+                events.append(End(key))
+        return reply
+
+    def _data(self, event: DataReceived, events: list[Event]) -> bytes:
+        key = self._keys.get(event.stream_id)
+        if key is None:
+            return b""
+        if key in self._halves:
+            pair = self._pairs[key]
+            pair.early += event.data
+            pair.early_end = pair.early_end or event.fin
+            if len(pair.early) > _MAX_EARLY:
+                return self.fail(key, "data came before the error stream of its connection")
+            return b""
+        if event.data:
+            events.append(Data(key, event.data))
+        if event.fin:
+            events.append(End(key))
+        return b""
+
+    def expire(self) -> bytes:
+        """Give up the pairs whose second stream did not come in time. Call it about once a second."""
+        output = bytearray()
+        while self._halves:
+            key = next(iter(self._halves))
+            if self._pairs[key].since_s + PAIR_S > self.clock_s():
+                break
+            output += self.fail(key, f"the other stream of this connection did not come within {PAIR_S:g} s")
+        return bytes(output)
 
     def _reset(self, stream_id: int, events: list[Event]) -> bytes:
         """The client reset one stream. The other one must not stay: a client waits for the end of its error stream."""
@@ -134,8 +185,13 @@ class PortForward:
         pair = self._pairs.get(key)
         return self.connection.send(pair.data_id, data) if pair is not None and pair.data_id else b""
 
+    def end_output(self, key: str) -> bytes:
+        """The pod will send no more; the client still may."""
+        pair = self._pairs.get(key)
+        return self.connection.send(pair.data_id, b"", fin=True) if pair is not None and pair.data_id else b""
+
     def end(self, key: str) -> bytes:
-        """The pod's side ended: finish the data stream, then the error stream, for whose end the client waits."""
+        """The connection is over: finish the data stream, then the error stream, for whose end the client waits."""
         pair = self._forget(key)
         if pair is None:
             return b""
@@ -154,11 +210,22 @@ class PortForward:
         parts += [self.connection.reset(i, Status.CANCEL) for i in (pair.data_id, pair.error_id) if i]
         return b"".join(parts)
 
+    def give_up(self, key: str) -> bytes:
+        """Break a connection off that does not take what the client sends. Without a sentence on its error stream:
+        for that clients close their whole session.
+        """
+        pair = self._forget(key)
+        if pair is None:
+            return b""
+        reset = self.connection.reset(pair.data_id, Status.CANCEL)
+        return reset + self.connection.send(pair.error_id, b"", fin=True)
+
     def _forget(self, key: str) -> _Pair | None:
         pair = self._pairs.pop(key, None)
         if pair is not None:
             self._keys.pop(pair.data_id, None)
             self._errors.pop(pair.error_id, None)
+            self._halves.pop(key, None)
         return pair
 
 

@@ -12,6 +12,8 @@ from dispatcher_streaming.config import StreamingConfig
 from dispatcher_streaming.server import Granted, PortForwardStream, StreamServer
 from dispatcher_streaming.tokens import Tokens
 
+_MAX_TOKEN_BYTES = 16 << 20  # of all commands that wait for their client; one alone may have as many as a gRPC message
+
 
 class Streaming:
     """Serves exec, attach and port-forward on one loopback port, by one-time URLs."""
@@ -21,7 +23,7 @@ class Streaming:
     def __init__(self, config: StreamingConfig) -> None:
         self._config = config
         self._tokens: Tokens[Granted] = Tokens(
-            time.monotonic, lifetime_s=config.token_lifetime_s, limit=config.max_tokens
+            time.monotonic, lifetime_s=config.token_lifetime_s, limit=config.max_tokens, max_bytes=_MAX_TOKEN_BYTES
         )
         self._server: StreamServer | None = None
 
@@ -30,16 +32,14 @@ class Streaming:
         tls = None
         if self._config.tls_cert is not None and self._config.tls_key is not None:
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(self._config.tls_cert, self._config.tls_key)
-        server = StreamServer(
-            host=self._config.host,
-            port=self._config.port,
-            tokens=self._tokens,
-            target=target,
-            idle_s=self._config.idle_s,
-            max_connections=self._config.max_connections,
-            tls=tls,
-        )
+            try:
+                tls.load_cert_chain(self._config.tls_cert, self._config.tls_key)
+            except OSError as error:  # an ssl.SSLError is one
+                raise RuntimeDown(
+                    f"The certificate of the streaming port cannot be used: {self._config.tls_cert} with "
+                    f"{self._config.tls_key}: {error.strerror or error}."
+                ) from error
+        server = StreamServer(self._config, tokens=self._tokens, target=target, tls=tls)
         try:
             await server.start()
         except OSError as error:
@@ -68,4 +68,6 @@ class Streaming:
     def _url(self, kind: str, request: Granted) -> str:
         if self._server is None:
             raise RuntimeDown("The streaming port is not open.")
-        return f"{self._server.base_url}/{kind}/{self._tokens.grant(kind, request)}"
+        owner = request.container_id if isinstance(request, ExecStream) else request.pod_id
+        size = sum(map(len, request.command)) if isinstance(request, ExecStream) else 0
+        return f"{self._server.base_url}/{kind}/{self._tokens.grant(kind, request, owner=owner, size=size)}"

@@ -7,18 +7,17 @@ Source: KEP-4006, and the behaviour of the Kubernetes clients (channels 0 to 4 a
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dispatcher.api import ExecStream
+from dispatcher_streaming import messages
 from dispatcher_streaming.spdy.connection import (
     Connection,
     DataReceived,
     GoingAway,
-    ProtocolError,
     StreamOpened,
     StreamReset,
 )
@@ -39,7 +38,7 @@ WEBSOCKET_PROTOCOLS = (
 )
 CHANNELS = {"stdin": 0, "stdout": 1, "stderr": 2, "error": 3, "resize": 4}
 _CLOSE = 255
-_MAX_RESIZE = 4096  # one JSON object of a size that is not complete yet
+_MAX_RESIZE = 1024  # one JSON object of a size; a real one has 30 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,34 +126,43 @@ class ResizeReader:
     """Reads concatenated JSON objects {"Width":80,"Height":24} cut anywhere; keys in any case, odd sizes ignored."""
 
     def __init__(self) -> None:
-        self._text = b""
+        self._text = bytearray()
+        self._skipping = False  # the object at hand is too long: nothing of it is kept
 
     def feed(self, data: bytes) -> list[Resize]:
         """Return the sizes that are complete. Of what can never become one nothing is kept."""
-        self._text += data
         sizes = []
-        while (end := self._text.find(b"}")) >= 0:
-            piece, self._text = self._text[: end + 1], self._text[end + 1 :]
-            size = self._parse(piece)
+        *pieces, rest = data.split(b"}")
+        for piece in pieces:
+            self._keep(piece)
+            size = None if self._skipping else _parse_size(bytes(self._text) + b"}")
+            self._text.clear()
+            self._skipping = False
             if size is not None:
                 sizes.append(size)
-        if len(self._text) > _MAX_RESIZE:
-            self._text = b""
+        self._keep(rest)
         return sizes
 
-    @staticmethod
-    def _parse(piece: bytes) -> Resize | None:
-        try:
-            found = json.loads(piece)
-        except ValueError:
-            return None
-        if not isinstance(found, dict):
-            return None
-        lower: Mapping[str, Any] = {str(key).lower(): value for key, value in found.items()}
-        width, height = lower.get("width"), lower.get("height")
-        if not (isinstance(width, int) and isinstance(height, int) and 0 < width < 65536 and 0 < height < 65536):
-            return None
-        return Resize(width, height)
+    def _keep(self, piece: bytes) -> None:
+        self._skipping = self._skipping or len(self._text) + len(piece) > _MAX_RESIZE
+        if self._skipping:
+            self._text.clear()
+        else:
+            self._text += piece
+
+
+def _parse_size(piece: bytes) -> Resize | None:
+    try:
+        found = json.loads(piece)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    lower: Mapping[str, Any] = {str(key).lower(): value for key, value in found.items()}
+    width, height = lower.get("width"), lower.get("height")
+    if type(width) is not int or type(height) is not int or not (0 < width < 65536 and 0 < height < 65536):
+        return None  # a JSON true is an int in Python, but no width
+    return Resize(width, height)
 
 
 def expected_streams(request: ExecStream, version: int) -> frozenset[str]:
@@ -184,7 +192,8 @@ class SpdyCommand:
         """Return what the peer's bytes mean, and what to send back. Raises ProtocolError."""
         events: list[Event] = []
         output = bytearray()
-        for event in self.connection.receive(received):
+        self.connection.feed(received)
+        for event in self.connection.events():
             if isinstance(event, StreamOpened):
                 output += self._open(event, events)
             elif isinstance(event, DataReceived):
@@ -255,11 +264,6 @@ class WebSocketCommand:
         """The version that the sub-protocol stands for."""
         return version_of(self.protocol)
 
-    @property
-    def is_base64(self) -> bool:
-        """True where messages are text: a digit for the channel, then base64."""
-        return "base64" in self.protocol
-
     def greeting(self) -> list[bytes]:
         """An empty message on the lowest channel that we write, at once: some clients wait for it."""
         lowest = next((name for name in ("stdout", "stderr") if getattr(self.request, name)), "error")
@@ -269,16 +273,7 @@ class WebSocketCommand:
         """Return what one message means. Raises ProtocolError."""
         if not message:
             return []
-        if self.is_base64:
-            if not 0x30 <= message[0] <= 0x39:
-                raise ProtocolError("a message that does not begin with its channel")
-            channel = message[0] - 0x30
-            try:
-                data = base64.b64decode(message[1:], validate=True)
-            except ValueError as cause:
-                raise ProtocolError("a message that is not base64") from cause
-        else:
-            channel, data = message[0], message[1:]
+        channel, data = messages.split(message, self.protocol)
         if channel == CHANNELS["stdin"] and self.request.stdin:
             return [StdinData(data)] if data else []
         if channel == CHANNELS["resize"]:
@@ -297,7 +292,4 @@ class WebSocketCommand:
         return [self._message("error", status)] if status else []
 
     def _message(self, stream: str, data: bytes) -> bytes:
-        channel = CHANNELS[stream]
-        if self.is_base64:
-            return b"%d" % channel + base64.b64encode(data)
-        return bytes([channel]) + data
+        return messages.join(CHANNELS[stream], data, self.protocol)

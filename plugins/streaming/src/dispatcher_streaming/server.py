@@ -1,41 +1,37 @@
 """The streaming port: takes a connection, checks its token, upgrades it, and runs its session. Nothing here knows a frame.
 
 One loopback port serves SPDY/3.1 and WebSocket. Without TLS the token is the only authentication, which is usual on
-loopback: a kubelet on the same node is the only client. Everything that a client may keep open has a deadline.
+loopback: a kubelet on the same node is the only client. Everything that a client may keep open has a deadline, and who
+has shown no token yet cannot keep out who has one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from http import HTTPStatus
 
-import h11
 from websockets.exceptions import WebSocketException
-from websockets.http11 import Request
-from websockets.server import ServerProtocol
-from websockets.typing import Subprotocol
 
 from dispatcher.api import ExecSpec, ExecStream, Process, StreamTarget
 from dispatcher.effects import effect
 from dispatcher.model import PodId
-from dispatcher_streaming import portforward, remotecommand, sessions
-from dispatcher_streaming.carriers import READ, ByteCarrier, RawCarrier, WebSocketCarrier
+from dispatcher_streaming import forwarding, portforward, portforward_channels, remotecommand, sessions, upgrade
+from dispatcher_streaming.carriers import READ, ByteCarrier, Link, RawCarrier, WebSocketCarrier
+from dispatcher_streaming.config import StreamingConfig
+from dispatcher_streaming.peers import PeerTable
 from dispatcher_streaming.spdy.connection import ProtocolError
 from dispatcher_streaming.tokens import Tokens
+from dispatcher_streaming.windows import Budget
 
 log = logging.getLogger(__name__)
 
-HEAD_S = 10.0
-MAX_HEAD = 32 * 1024
-MAX_MESSAGE = 1 << 20  # of a WebSocket
-_SPDY = "spdy/3.1"
-_VERSIONS = "X-Stream-Protocol-Version"
+HEAD_S = 10.0  # for TLS and a request's head
+REFUSE_S = 2.0  # for a refused client to read why
+MAX_WAITING = 128  # clients that have shown no token yet; a further one takes the place of the oldest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,69 +45,35 @@ class PortForwardStream:
 Granted = ExecStream | PortForwardStream
 
 
-class _Refused(Exception):
-    """Answer with a plain HTTP error and close."""
-
-    def __init__(self, status: int, text: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(text)
-        self.status = status
-        self.text = text
-        self.headers = headers
-
-
-@dataclass(slots=True)
-class _Head:
-    """A request's head, with the raw bytes that a WebSocket handshake is replayed from."""
-
-    method: str
-    target: str
-    headers: dict[str, list[str]]
-    raw: bytes
-    leftover: bytes
-
-    def words(self, name: str) -> list[str]:
-        """All values of a header, split at commas."""
-        return [word.strip() for value in self.headers.get(name.lower(), []) for word in value.split(",")]
-
-    def upgrades_to(self, name: str) -> bool:
-        """Whether the request asks for an upgrade to this protocol."""
-        connection = {word.lower() for word in self.words("connection")}
-        return "upgrade" in connection and name in {word.lower() for word in self.words("upgrade")}
-
-
 class StreamServer:
     """Listens on one address.
 
     Args:
-        host: a loopback address.
-        port: 0 picks a free one.
+        config: the address, and all limits.
         tokens: the requests that were granted a URL.
         target: what a session reaches.
-        idle_s: a session on which nothing moves for so long is ended.
-        max_connections: further clients are refused at once.
         tls: a server context, or None for plain HTTP.
     """
 
     def __init__(
         self,
+        config: StreamingConfig,
         *,
-        host: str,
-        port: int,
         tokens: Tokens[Granted],
         target: StreamTarget,
-        idle_s: float,
-        max_connections: int,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._host = host
-        self._port = port
+        self._config = config
         self._tokens = tokens
         self._target = target
-        self._idle_s = idle_s
-        self._max_connections = max_connections
         self._tls = tls
         self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._peers = PeerTable()
+        self._budget = Budget(config.buffer_bytes)
+        self._limits = sessions.Limits(self._budget, config.drain_s)
+        self._forward_limits = forwarding.ForwardLimits(self._budget, Budget(config.max_forwards))
 
     @property
     def base_url(self) -> str:
@@ -125,60 +87,99 @@ class StreamServer:
     async def start(self) -> None:
         """Listen. Raises OSError where the port is taken."""
         self._server = await asyncio.start_server(
-            self._accept, self._host, self._port, limit=READ, ssl=self._tls, backlog=128
+            self._connected, self._config.host, self._config.port, limit=READ, backlog=128
         )
 
     async def aclose(self) -> None:
         """Stop listening and end every session."""
         if self._server is not None:
             self._server.close()
-        for task in self._tasks:
+        tasks = {*self._waiting, *self._sessions}
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a client in a task of its own."""
+        if len(self._waiting) >= MAX_WAITING:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.cancel()
+        task = asyncio.ensure_future(self._accept(reader, writer))
+        self._waiting[task] = None
+        task.add_done_callback(self._disconnected)
+
+    def _disconnected(self, task: asyncio.Task[None]) -> None:
+        self._waiting.pop(task, None)
+        self._sessions.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a streaming session failed", exc_info=error)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._tasks) >= self._max_connections:
-            writer.close()
-            return
-        self._tasks.add(task)
-        _keep_alive(writer)
+        link = None
         try:
-            await self._serve(reader, writer)
-            await _linger(reader, writer)
-        except* (ConnectionError, TimeoutError, ProtocolError, WebSocketException, EOFError) as errors:
+            _keep_alive(writer)
+            async with asyncio.timeout(HEAD_S):
+                if self._tls is not None:
+                    await writer.start_tls(self._tls, ssl_handshake_timeout=HEAD_S)
+                head = await upgrade.read_head(reader)
+            kind, request = self._admit(head)
+            self._waiting.pop(task, None)
+            self._sessions.add(task)
+            link = Link(reader, writer, self._peers, self._config.idle_s)
+            await self._serve(head, kind, request, link, writer)
+            await link.linger()
+        except* upgrade.Refused as refusals:
+            refusal = refusals.exceptions[0]
+            assert isinstance(refusal, upgrade.Refused)
+            await self._refuse(refusal, reader, writer)
+        except* (OSError, TimeoutError, ProtocolError, WebSocketException, EOFError) as errors:
             log.debug("a streaming connection ended", extra={"cause": repr(errors.exceptions)})
         finally:
-            self._tasks.discard(task)
-            writer.transport.abort()  # a client that does not read must not hold the socket for ever
+            if link is not None:
+                link.close()
+            writer.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _refuse(
+        self, refusal: upgrade.Refused, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Answer with an HTTP error, and give the client a moment to read it."""
         try:
-            async with asyncio.timeout(HEAD_S):
-                head = await _read_head(reader)
-            kind, request = self._admit(head)
-            if isinstance(request, PortForwardStream):
-                await self._port_forward(head, request, reader, writer)
-            else:
-                await self._command(head, kind, request, reader, writer)
-        except _Refused as refusal:
-            await _answer(writer, refusal.status, refusal.text, refusal.headers)
+            async with asyncio.timeout(REFUSE_S):
+                await upgrade.answer(writer, refusal.status, refusal.text, refusal.headers)
+                if writer.can_write_eof():
+                    writer.write_eof()
+                while await reader.read(READ):
+                    pass
+        except (OSError, TimeoutError):
+            return
 
-    def _admit(self, head: _Head) -> tuple[str, Granted]:
+    def _admit(self, head: upgrade.Head) -> tuple[str, Granted]:
         """The request that the URL's token stands for. It works once, whatever comes of it."""
         parts = head.target.partition("?")[0].split("/")
         if head.method not in ("GET", "POST") or len(parts) != 3 or parts[1] not in ("exec", "attach", "portforward"):
-            raise _Refused(404, "no such path")
+            raise upgrade.Refused(404, "no such path")
         request = self._tokens.take(parts[1], parts[2])
         if request is None:
-            raise _Refused(404, "unknown, used or expired token")
+            raise upgrade.Refused(404, "unknown, used or expired token")
+        if len(self._sessions) >= self._config.max_connections:
+            raise upgrade.Refused(503, "too many streaming sessions at once")
         return parts[1], request
+
+    async def _serve(
+        self, head: upgrade.Head, kind: str, request: Granted, link: Link, writer: asyncio.StreamWriter
+    ) -> None:
+        if isinstance(request, PortForwardStream):
+            await self._port_forward(head, request, link, writer)
+        else:
+            await self._command(head, kind, request, link, writer)
 
     # ------------------------------------------------------------------------------------------------ exec and attach
     async def _command(
-        self, head: _Head, kind: str, request: ExecStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, head: upgrade.Head, kind: str, request: ExecStream, link: Link, writer: asyncio.StreamWriter
     ) -> None:
         def start() -> Awaitable[Process]:
             if kind == "exec":
@@ -192,153 +193,67 @@ class StreamServer:
                 return self._target.exec(request.container_id, spec)
             return self._target.attach(request.container_id, request.tty, request.stdin, request.stdout, request.stderr)
 
-        if head.upgrades_to(_SPDY):
-            chosen = _choose(head.words(_VERSIONS), remotecommand.SPDY_PROTOCOLS)
-            await _switch(writer, chosen)
+        if head.upgrades_to(upgrade.SPDY):
+            chosen = upgrade.choose(head.words(upgrade.VERSIONS), remotecommand.SPDY_PROTOCOLS)
+            await upgrade.switch(writer, chosen)
             session = remotecommand.SpdyCommand(request, remotecommand.version_of(chosen))
-            carrier = self._watched(RawCarrier(reader, writer, head.leftover))
-            await sessions.run_spdy_command(carrier, session, start)
+            carrier = RawCarrier(link, head.leftover, session.connection.nothing())
+            await sessions.run_spdy_command(carrier, session, start, self._limits)
         elif head.upgrades_to("websocket"):
-            protocol = await _handshake(head, writer, remotecommand.WEBSOCKET_PROTOCOLS)
+            protocol = await upgrade.handshake(head, writer, remotecommand.WEBSOCKET_PROTOCOLS)
             chosen = str(protocol.subprotocol or "channel.k8s.io")
-            websocket = WebSocketCarrier(protocol, reader, writer, text="base64" in chosen)
+            websocket = WebSocketCarrier(protocol, link, self._budget, head.leftover, text="base64" in chosen)
             command = remotecommand.WebSocketCommand(request, chosen)
-            await sessions.run_websocket_command(self._watched(websocket), command, start, websocket.close)
+            await sessions.run_websocket_command(websocket, command, start, self._limits, websocket.close)
         else:
-            raise _Refused(400, "an upgrade to SPDY/3.1 or websocket is needed")
+            raise upgrade.Refused(400, "an upgrade to SPDY/3.1 or websocket is needed")
 
     # --------------------------------------------------------------------------------------------------- port-forward
     async def _port_forward(
-        self, head: _Head, request: PortForwardStream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, head: upgrade.Head, request: PortForwardStream, link: Link, writer: asyncio.StreamWriter
     ) -> None:
         def connect(port: int) -> Awaitable[Process]:
             return self._target.connect(request.pod_id, port)
 
         carrier: ByteCarrier
-        if head.upgrades_to(_SPDY):
-            await _switch(writer, _choose(head.words(_VERSIONS), (portforward.PROTOCOL,)))
-            carrier = RawCarrier(reader, writer, head.leftover)
-        elif head.upgrades_to("websocket"):
-            protocol = await _handshake(head, writer, (portforward.TUNNEL,))
-            if protocol.subprotocol is None:
-                return
-            carrier = WebSocketCarrier(protocol, reader, writer)
+        session = portforward.PortForward()
+        if head.upgrades_to(upgrade.SPDY):
+            await upgrade.switch(writer, upgrade.choose(head.words(upgrade.VERSIONS), (portforward.PROTOCOL,)))
+            carrier = RawCarrier(link, head.leftover, session.connection.nothing())
+            await forwarding.run_port_forward(carrier, session, connect, self._forward_limits)
+        elif not head.upgrades_to("websocket"):
+            raise upgrade.Refused(400, "an upgrade to SPDY/3.1 or websocket is needed")
+        elif set(head.words("sec-websocket-protocol")) & set(portforward.TUNNELS):
+            protocol = await upgrade.handshake(head, writer, portforward.TUNNELS)
+            carrier = WebSocketCarrier(protocol, link, self._budget, head.leftover)
+            await forwarding.run_port_forward(carrier, session, connect, self._forward_limits)
         else:
-            raise _Refused(400, "an upgrade to SPDY/3.1 or websocket is needed")
-        await sessions.run_port_forward(self._watched(carrier), connect)
+            await self._forward_channels(head, request, connect, link, writer)
 
-    def _watched(self, carrier: ByteCarrier) -> ByteCarrier:
-        return IdleLimit(carrier, self._idle_s)
-
-
-class IdleLimit:
-    """A carrier whose reader gives up when nothing came in, and nothing went out, for too long."""
-
-    def __init__(self, carrier: ByteCarrier, idle_s: float) -> None:
-        self._carrier = carrier
-        self._idle_s = idle_s
-        self._moved = 0
-
-    async def read(self) -> AsyncIterator[bytes]:
-        """Yield what comes. Raises TimeoutError when the session is idle."""
-        async with contextlib.aclosing(self._carrier.read()) as parts:  # type: ignore[type-var]
-            iterator = aiter(parts)
-            while True:
-                reading = asyncio.ensure_future(anext(iterator, None))
-                try:
-                    data = await self._next(reading)
-                finally:
-                    if not reading.done():
-                        reading.cancel()
-                        await asyncio.wait({reading})
-                if data is None:
-                    return
-                yield data
-
-    async def _next(self, reading: asyncio.Future[bytes | None]) -> bytes | None:
-        while True:
-            moved = self._moved
-            done, _ = await asyncio.wait({reading}, timeout=self._idle_s)
-            if done:
-                return reading.result()
-            if moved == self._moved:
-                raise TimeoutError("the session is idle")
-
-    async def write(self, data: bytes) -> None:
-        """Send."""
-        if data:
-            self._moved += 1
-            await self._carrier.write(data)
-
-
-async def _read_head(reader: asyncio.StreamReader) -> _Head:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-    raw = bytearray()
-    while True:
-        try:
-            event = connection.next_event()
-        except h11.RemoteProtocolError as error:
-            raise _Refused(error.error_status_hint, "not HTTP") from error
-        if isinstance(event, h11.Request):
-            headers: dict[str, list[str]] = {}
-            for name, value in event.headers:
-                headers.setdefault(name.decode("ascii").lower(), []).append(value.decode("latin-1"))
-            leftover = bytes(connection.trailing_data[0])
-            end = len(raw) - len(leftover)
-            return _Head(
-                event.method.decode("ascii"), event.target.decode("ascii"), headers, bytes(raw[:end]), leftover
-            )
-        data = await reader.read(READ)
-        if not data:
-            raise EOFError("the client left before its request was complete")
-        raw += data
-        connection.receive_data(data)
-
-
-def _choose(offered: Sequence[str], known: Sequence[str]) -> str:
-    """The first of the client's protocols that we speak too."""
-    if not any(offered):
-        raise _Refused(400, f"the header {_VERSIONS} is missing")
-    for protocol in offered:
-        if protocol in known:
-            return protocol
-    accepted = tuple(("X-Accepted-Stream-Protocol-Versions", protocol) for protocol in known)
-    raise _Refused(403, "none of the client's protocols is spoken here", accepted)
-
-
-async def _switch(writer: asyncio.StreamWriter, protocol: str) -> None:
-    writer.write(
-        (
-            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n"
-            f"{_VERSIONS}: {protocol}\r\n\r\n"
-        ).encode()
-    )
-    await writer.drain()
-
-
-async def _handshake(head: _Head, writer: asyncio.StreamWriter, protocols: Sequence[str]) -> ServerProtocol:
-    """Answer a WebSocket handshake. Raises _Refused where no sub-protocol fits; none offered is the oldest one."""
-    offered = head.words("sec-websocket-protocol")
-    if any(offered) and not set(offered) & set(protocols):
-        raise _Refused(403, "none of the client's protocols is spoken here")
-    chosen = next((p for p in offered if p in protocols), None)
-    # Origins are not checked: a browser cannot know the token, and kubelets send their API server's.
-    protocol = ServerProtocol(
-        subprotocols=[Subprotocol(p) for p in protocols],
-        select_subprotocol=lambda _protocol, _offered: Subprotocol(chosen) if chosen else None,
-        max_size=MAX_MESSAGE,
-    )
-    protocol.receive_data(head.raw + head.leftover)
-    for event in protocol.events_received():
-        if isinstance(event, Request):
-            protocol.send_response(protocol.accept(event))
-            break
-    for data in protocol.data_to_send():
-        writer.write(data)
-    await writer.drain()
-    if protocol.handshake_exc is not None:
-        raise EOFError("the WebSocket handshake failed") from protocol.handshake_exc
-    return protocol
+    async def _forward_channels(
+        self,
+        head: upgrade.Head,
+        request: PortForwardStream,
+        connect: forwarding.Connect,
+        link: Link,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Serve the oldest WebSocket clients: two channels for each port."""
+        ports = request.ports or portforward_channels.ports_of(head.target.partition("?")[2])
+        if not ports:
+            raise upgrade.Refused(400, "the ports to forward are named neither by the request nor by the query")
+        protocol = await upgrade.handshake(
+            head,
+            writer,
+            [p for p in portforward_channels.PROTOCOLS if len(ports) <= portforward_channels.most_ports(p)],
+        )
+        chosen = str(protocol.subprotocol or "channel.k8s.io")
+        session = portforward_channels.ChannelForward(ports, chosen)
+        carrier = WebSocketCarrier(protocol, link, self._budget, head.leftover, text="base64" in chosen)
+        for message in session.greeting():
+            await carrier.write(message)
+        await forwarding.run_port_forward(carrier, session, connect, self._forward_limits, session.opening())
+        await carrier.close()
 
 
 def _keep_alive(writer: asyncio.StreamWriter) -> None:
@@ -351,32 +266,3 @@ def _keep_alive(writer: asyncio.StreamWriter) -> None:
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ):
         peer.setsockopt(level, option, value)
-
-
-async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Let the client read what was sent. Closing while bytes of its wait unread would reset the connection under it."""
-    if not writer.can_write_eof():  # TLS has no half-close
-        writer.close()
-        async with asyncio.timeout(sessions.LINGER_S):
-            await writer.wait_closed()
-        return
-    writer.write_eof()
-    async with asyncio.timeout(sessions.LINGER_S):
-        while await reader.read(READ):
-            pass
-
-
-async def _answer(
-    writer: asyncio.StreamWriter, status: int, text: str, headers: tuple[tuple[str, str], ...] = ()
-) -> None:
-    body = (text + "\n").encode()
-    extra = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    phrase = HTTPStatus(status).phrase
-    writer.write(
-        (
-            f"HTTP/1.1 {status} {phrase}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-            f"Connection: close\r\n{extra}\r\n"
-        ).encode()
-        + body
-    )
-    await writer.drain()

@@ -1,7 +1,7 @@
-"""Running one session: moving bytes between a carrier, a sans-I/O session object and the processes behind it.
+"""Running one exec or attach: moving bytes between a carrier, a session without I/O, and the process behind it.
 
-Every task of a session belongs to its task group: when the client leaves, or the process ends, nothing of it is left.
-What waits for a process that does not read is bounded; then the carrier is not read either, so that the client waits.
+Every task of a session ends with it: when the client leaves, or the process ends, nothing of it is left. Input for a
+process that does not read waits in a window; when that is full the carrier is not read either, so that the client waits.
 """
 
 from __future__ import annotations
@@ -9,28 +9,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from dispatcher.api import ExecStream, Process
 from dispatcher.errors import DispatcherError
-from dispatcher_streaming import portforward, remotecommand
+from dispatcher_streaming import remotecommand
 from dispatcher_streaming.carriers import ByteCarrier
+from dispatcher_streaming.windows import Budget, Window
 
 log = logging.getLogger(__name__)
 
 CHUNK = 32 * 1024  # as large as a Go client's own copies
-QUEUED = 16  # chunks that wait for one process or connection: with 64 KiB reads at most 1 MiB
-CREATE_S = 30.0  # for the streams of a session or connection to stand
-DRAIN_S = 5.0  # without a byte behind an exit (a child may hold the pipe for ever)
-STALLS = 12  # such waits in a row for a client that does not read
-DRAIN_MAX_S = 300.0  # for all output behind an exit (a child may write for ever)
-LINGER_S = 5.0  # for a client to read the end of its session
+STDIN_WINDOW = 256 * 1024
+CREATE_S = 30.0  # for the streams of a session to stand
+QUIET_S = 5.0  # without a byte behind an exit: a child may hold the pipe for ever
+RESIZE_S = 0.05  # between two sizes of a terminal, each a call into the runtime
 
 Start = Callable[[], Awaitable[Process]]
-Connect = Callable[[int], Awaitable[Process]]
-_END = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What sessions share, and how long an end may take.
+
+    Args:
+        budget: bytes that wait for processes and connections which are slow to take them.
+        drain_s: how long a client may take to read what is left after its process ended.
+    """
+
+    budget: Budget
+    drain_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +51,47 @@ class Outcome:
     message: str = ""
 
 
-async def run_spdy_command(carrier: ByteCarrier, session: remotecommand.SpdyCommand, start: Start) -> None:
+async def run_spdy_command(
+    carrier: ByteCarrier, session: remotecommand.SpdyCommand, start: Start, limits: Limits
+) -> None:
     """Serve one exec or attach over SPDY until the process or the client ends."""
-    runner = _Command(start, session.request)
+    runner = _Command(start, session.request, limits)
 
     async def read() -> None:
         async for data in carrier.read():
             events, answer = session.receive(data)
             await carrier.write(answer)
-            await runner.take(events)
+            runner.take(events)
+            await runner.settle(carrier)
 
     async def write(stream: str, data: bytes) -> None:
         await carrier.write(session.output(stream, data))
 
     outcome = await runner.run(read, write)
     if outcome is not None:
-        await carrier.write(session.finish(outcome.exit_code, outcome.message))
+        async with asyncio.timeout(limits.drain_s):
+            await carrier.write(session.finish(outcome.exit_code, outcome.message))
 
 
 async def run_websocket_command(
-    carrier: ByteCarrier, session: remotecommand.WebSocketCommand, start: Start, close: Callable[[], Awaitable[None]]
+    carrier: ByteCarrier,
+    session: remotecommand.WebSocketCommand,
+    start: Start,
+    limits: Limits,
+    close: Callable[[], Awaitable[None]],
 ) -> None:
     """Serve one exec or attach over WebSocket until the process or the client ends."""
-    runner = _Command(start, session.request)
+    runner = _Command(start, session.request, limits)
 
     async def send(messages: Iterable[bytes]) -> None:
         for message in messages:
             await carrier.write(message)
 
     async def read() -> None:
-        await runner.take([remotecommand.Ready()])
+        runner.take([remotecommand.Ready()])
         async for message in carrier.read():
-            await runner.take(session.receive(message))
+            runner.take(session.receive(message))
+            await runner.settle(carrier)
 
     async def write(stream: str, data: bytes) -> None:
         await send(session.output(stream, data))
@@ -80,36 +99,53 @@ async def run_websocket_command(
     await send(session.greeting())
     outcome = await runner.run(read, write)
     if outcome is not None:
-        await send(session.finish(outcome.exit_code, outcome.message))
-        await close()
+        async with asyncio.timeout(limits.drain_s):
+            await send(session.finish(outcome.exit_code, outcome.message))
+            await close()
+
+
+async def uncancelled(act: Coroutine[Any, Any, None]) -> None:
+    """Do something to its end, also where this task is cancelled meanwhile; the cancellation is raised behind it."""
+    doing = asyncio.ensure_future(act)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        raise
 
 
 class _Command:
     """The process side of an exec or attach."""
 
-    def __init__(self, start: Start, request: ExecStream) -> None:
+    def __init__(self, start: Start, request: ExecStream, limits: Limits) -> None:
         self._start = start
         self._request = request
+        self._drain_s = limits.drain_s
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()
-        self._stdin: asyncio.Queue[bytes] = asyncio.Queue(QUEUED)
+        self._stdin = Window(STDIN_WINDOW, limits.budget)
         self._size: remotecommand.Resize | None = None
         self._resized = asyncio.Event()
 
-    async def take(self, events: Iterable[remotecommand.Event]) -> None:
-        """Act on what the client sent; waits while the process does not read its input."""
+    def take(self, events: Iterable[remotecommand.Event]) -> None:
+        """Act on what the client sent."""
         for event in events:
             if isinstance(event, remotecommand.Ready):
                 self._ready.set()
             elif isinstance(event, remotecommand.StdinData):
-                await self._stdin.put(event.data)
+                self._stdin.put(event.data)
             elif isinstance(event, remotecommand.StdinEnd):
-                await self._stdin.put(_END)
+                self._stdin.end()
             elif isinstance(event, remotecommand.Resize):
                 self._size = event  # a flood of sizes is one size: the last
                 self._resized.set()
             else:
                 self._gone.set()
+
+    async def settle(self, carrier: ByteCarrier) -> None:
+        """Wait while the process does not read its input. Raises ConnectionError when the client leaves meanwhile."""
+        while self._stdin.is_full:
+            await carrier.pause(self._stdin.wait_room())
 
     async def run(
         self, read: Callable[[], Awaitable[None]], write: Callable[[str, bytes], Awaitable[None]]
@@ -132,6 +168,9 @@ class _Command:
         finally:
             reading.cancel()
             await asyncio.wait({reading})
+            self._stdin.close()
+            if not reading.cancelled() and (broken := reading.exception()) is not None:
+                raise broken
 
     async def _read(self, read: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -155,29 +194,35 @@ class _Command:
                 await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 return None
-            await output.drain({copying, leaving})
+            await output.drain({copying, leaving}, self._drain_s)
             if leaving.done():
                 return None
             return Outcome(waiting.result())
         except DispatcherError as error:
             return Outcome(None, error.message)
         finally:
-            if not waiting.done():
-                await asyncio.shield(asyncio.ensure_future(process.kill()))
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            await process.aclose()
+            await uncancelled(self._leave(process, tasks, kill=not waiting.done()))
+
+    @staticmethod
+    async def _leave(process: Process, tasks: Iterable[asyncio.Future[Any]], *, kill: bool) -> None:
+        if kill:
+            with contextlib.suppress(DispatcherError):
+                await process.kill()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await process.aclose()
 
     async def _feed(self, process: Process) -> None:
-        if not self._request.stdin:
-            return
-        with contextlib.suppress(BrokenPipeError, ConnectionError):
-            while (data := await self._stdin.get()) != _END:
-                await process.write_stdin(data)
-            await process.close_stdin()
-        while True:
-            await self._stdin.get()  # nobody reads it any more: what still comes is dropped, so that the reader goes on
+        """Pass the input on. Afterwards what still comes is dropped, so that the client is read on."""
+        try:
+            if self._request.stdin:
+                with contextlib.suppress(BrokenPipeError, ConnectionError, DispatcherError):
+                    while data := await self._stdin.get():
+                        await process.write_stdin(data)
+                    await process.close_stdin()
+        finally:
+            self._stdin.close()
 
     async def _follow_size(self, process: Process) -> None:
         while True:
@@ -186,6 +231,7 @@ class _Command:
             if self._size is not None:
                 with contextlib.suppress(DispatcherError):
                     await process.resize(self._size.width, self._size.height)
+            await asyncio.sleep(RESIZE_S)
 
 
 class _Output:
@@ -205,91 +251,13 @@ class _Output:
                 self._writing = False
                 self._written += 1
 
-    async def drain(self, ends: set[asyncio.Future[Any]]) -> None:
-        """Wait, behind the exit, until one of `ends` is done, nothing comes any more, or the client does not read."""
-        deadline = asyncio.get_running_loop().time() + DRAIN_MAX_S
-        stalls = 0
-        while asyncio.get_running_loop().time() < deadline and stalls < STALLS:
+    async def drain(self, ends: set[asyncio.Future[Any]], drain_s: float) -> None:
+        """Wait, behind the exit, until one of `ends` is done or nothing comes any more, but not longer than `drain_s`:
+        a child may write for ever, and a client may never read.
+        """
+        deadline = asyncio.get_running_loop().time() + drain_s
+        while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
             written = self._written
-            done, _ = await asyncio.wait(ends, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(ends, timeout=min(QUIET_S, left_s), return_when=asyncio.FIRST_COMPLETED)
             if done or (written == self._written and not self._writing):
                 return
-            stalls = stalls + 1 if written == self._written else 0
-
-
-async def run_port_forward(carrier: ByteCarrier, connect: Connect) -> None:
-    """Serve one port-forward session: many connections, each with its own tasks, until the client leaves."""
-    session = portforward.PortForward()
-    forwards: dict[str, _Forward] = {}
-    async with asyncio.TaskGroup() as group:
-        async for received in carrier.read():
-            events, answer = session.receive(received)
-            await carrier.write(answer)
-            for event in events:
-                if isinstance(event, portforward.Connect):
-                    forward = forwards[event.key] = _Forward(session, carrier, event.key)
-                    forward.task = group.create_task(forward.run(connect, event.port))
-                    forward.task.add_done_callback(lambda _, key=event.key: forwards.pop(key, None))  # type: ignore[misc]
-                elif isinstance(event, portforward.Data) and event.key in forwards:
-                    await forwards[event.key].put(event.data)
-                elif isinstance(event, portforward.End) and event.key in forwards:
-                    await forwards[event.key].put(_END)
-                elif isinstance(event, portforward.Reset) and event.key in forwards:
-                    forwards[event.key].cancel()
-                elif isinstance(event, portforward.Gone):
-                    break
-            else:
-                continue
-            break
-        for forward in list(forwards.values()):
-            forward.cancel()
-
-
-class _Forward:
-    """One forwarded connection."""
-
-    def __init__(self, session: portforward.PortForward, carrier: ByteCarrier, key: str) -> None:
-        self._session = session
-        self._carrier = carrier
-        self._key = key
-        self._queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUED)
-        self.task: asyncio.Task[None] | None = None
-
-    async def put(self, data: bytes) -> None:
-        """Queue bytes for the pod. A connection that ended meanwhile takes them no more."""
-        assert self.task is not None
-        putting = asyncio.ensure_future(self._queue.put(data))
-        await asyncio.wait({putting, self.task}, return_when=asyncio.FIRST_COMPLETED)
-        putting.cancel()
-
-    def cancel(self) -> None:
-        """Give the connection up."""
-        if self.task is not None:
-            self.task.cancel()
-
-    async def run(self, connect: Connect, port: int) -> None:
-        """Connect and copy both ways until both are done; tell the client how it ended."""
-        try:
-            stream = await connect(port)
-        except DispatcherError as error:
-            await self._carrier.write(self._session.fail(self._key, f"error forwarding port {port}: {error.message}"))
-            return
-        sending = asyncio.ensure_future(self._send(stream))
-        try:
-            async for _, data in stream.output():
-                for start in range(0, len(data), CHUNK):
-                    await self._carrier.write(self._session.data(self._key, data[start : start + CHUNK]))
-            await self._carrier.write(self._session.end(self._key))
-        except ConnectionError as error:
-            log.debug("a forwarded connection broke", extra={"cause": str(error)})
-        finally:
-            sending.cancel()
-            await asyncio.wait({sending})
-            await stream.kill()
-            await stream.aclose()
-
-    async def _send(self, stream: Process) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionError):
-            while (data := await self._queue.get()) != _END:
-                await stream.write_stdin(data)
-            await stream.close_stdin()

@@ -9,7 +9,7 @@ make us remember is bounded: at most MAX_STREAMS streams, each with two flags an
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dispatcher_streaming.spdy.frames import (
@@ -25,9 +25,10 @@ from dispatcher_streaming.spdy.frames import (
 )
 from dispatcher_streaming.spdy.headers import MAX_BLOCK, HeaderCompressor, HeaderDecompressor, HeaderError
 
-# Worst case per connection: 256 streams x (64 KiB headers inflated) would be 16 MiB; a real one has 2 per forwarded
-# connection and 100 bytes of headers. The total of headers kept is bounded below, so the worst case is 1 MiB.
-MAX_STREAMS = 256
+# A forwarded connection needs two streams, so 1024 of them carry 512 connections in one session. Worst case per session:
+# 1024 streams x 300 bytes of state, plus the headers kept: 0.3 MiB + 1 MiB. (1024 x 64 KiB inflated would be 64 MiB,
+# hence the total; a real stream brings under 100 bytes.)
+MAX_STREAMS = 1024
 MAX_HEADER_BYTES = 1 << 20
 _ID = 0x7FFF_FFFF
 
@@ -139,16 +140,27 @@ class Connection:
         Raises:
             ProtocolError: the connection is beyond repair.
         """
+        self.feed(received)
+        return list(self.events())
+
+    def feed(self, received: bytes) -> None:
+        """Take bytes of the peer; `events` reads them."""
         self._reader.feed(received)
-        events: list[Event] = []
+
+    def events(self) -> Iterator[Event]:
+        """Yield what the bytes fed so far mean, one by one, so that acts upon an event come before the next one is
+        read: what a peer is allowed does not depend on how the network cuts its bytes.
+
+        Raises:
+            ProtocolError: the connection is beyond repair.
+        """
         try:
             while (frame := self._reader.next()) is not None:
                 event = self._on_data(frame) if isinstance(frame, DataPiece) else self._on_control(frame)
                 if event is not None:
-                    events.append(event)
+                    yield event
         except (FrameError, HeaderError) as error:
             raise ProtocolError(str(error)) from error
-        return events
 
     def take_output(self) -> bytes:
         """Return and forget the answers that `receive` made (pings, resets)."""
@@ -259,6 +271,12 @@ class Connection:
     def ping(self, ping_id: int) -> bytes:
         """Ask for a sign of life; a client's ids are odd, a server's even."""
         return control(FrameType.PING, struct.pack(">I", ping_id))
+
+    def nothing(self) -> bytes:
+        """A frame that means nothing and asks for no answer: SETTINGS without a setting. A PING would ask for one, and
+        a peer whose writes are held back would then stop reading too.
+        """
+        return control(FrameType.SETTINGS, struct.pack(">I", 0))
 
     def go_away(self, status: int = 0) -> bytes:
         """Say that we take no more streams. Idempotent: the second time it is nothing."""
