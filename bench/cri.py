@@ -407,6 +407,8 @@ def run(targets: Sequence[Socket], plan: Plan, image: str, say: Callable[[str], 
         for target in targets:
             target.populate(count, plan.with_container, say)
         measure_lists(targets, plan, results, count, say)
+        if count == min(plan.pods):
+            measure_stats(targets, plan, results, say)
         for target in targets:
             measure_footprint(target, results)
             if target.start_command:
@@ -433,6 +435,20 @@ def measure_lists(
                     results.add(f"idle PLEG tick ({count})", name, [timed(pleg_tick, client)])
                     results.add(f"full relist ({len(asked) // 2 - 1})", name, [timed(ask_all, client, asked)])
                 results.add(f"ListPodSandbox({count})", name, repeat_bytes(client, "ListPodSandbox", b"", per_round))
+
+
+STATS = ("ListContainerStats", "ListPodSandboxStats", "ListPodSandboxMetrics")
+
+
+def measure_stats(targets: Sequence[Socket], plan: Plan, results: Results, say: Callable[[str], None]) -> None:
+    """What pods and containers use, read anew for every answer; an RPC that an endpoint lacks is left out there."""
+    say("stats")
+    for _ in range(plan.relists):
+        for rpc in STATS:
+            for target in targets:
+                name = f"{rpc}({len(target.population_containers)})"
+                with contextlib.suppress(CallFailed):
+                    results.add(name, target.name, [timed(target.client.call_bytes, rpc)])
 
 
 def measure_footprint(target: Socket, results: Results) -> None:

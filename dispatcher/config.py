@@ -97,6 +97,8 @@ class RuntimeDeadlines(_Part):
     update_resources: Seconds = 30.0
     update_pod_resources: Seconds = 30.0
     stats: Seconds = 10.0
+    detailed_stats: Seconds = 30.0
+    pod_stats: Seconds = 10.0
     trim_output: Seconds = 10.0
     disk_usage: Seconds = 30.0
 

@@ -21,7 +21,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -164,6 +164,26 @@ async def run_in_namespace(path: Path, function: Callable[[], R]) -> R:
     def inside() -> R:
         _enter(path)
         return function()
+
+    return await _in_own_thread(inside)
+
+
+async def read_in_namespaces(paths: Sequence[Path], read: Callable[[], R]) -> list[R | None]:
+    """Run a short blocking reader inside each of these namespaces, one after the other in one thread.
+
+    Returns what it returned, in the order of `paths`; None where no namespace is mounted (any more) or the reader
+    raised OSError. The rules of `run_in_namespace` hold.
+    """
+
+    def inside() -> list[R | None]:
+        found: list[R | None] = []
+        for path in paths:
+            try:
+                _enter(path)
+                found.append(read())
+            except (NotFound, OSError):
+                found.append(None)
+        return found
 
     return await _in_own_thread(inside)
 

@@ -28,8 +28,10 @@ from dispatcher.model import (
     CreatedContainer,
     CreatedPod,
     Facts,
+    FilesystemUsage,
     ImageConfig,
     ImageId,
+    InterfaceUsage,
     Isolation,
     ObservedContainer,
     OutputChunk,
@@ -37,6 +39,7 @@ from dispatcher.model import (
     PodSpec,
     Resources,
     Snapshot,
+    Usage,
 )
 
 
@@ -268,20 +271,20 @@ class CanUpdatePod(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerUsage:
-    """Usage of one container at one moment. None means: the runtime cannot tell."""
+    """Usage of one container, and of its writable layer where that was measured (0 inodes: not counted)."""
 
     id: ContainerId
-    timestamp_ns: int
-    cpu_usage_ns: int | None = None
-    memory_usage_bytes: int | None = None
-    memory_working_set_bytes: int | None = None
-    memory_rss_bytes: int | None = None
-    memory_page_faults: int | None = None
-    memory_major_page_faults: int | None = None
-    swap_usage_bytes: int | None = None
-    writable_layer_bytes: int | None = None
-    writable_layer_inodes: int | None = None
-    writable_layer_mountpoint: str = ""
+    usage: Usage
+    writable_layer: FilesystemUsage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodUsage:
+    """Usage of one pod as its runtime tells it. `interfaces` of None: those of the pod's network namespace count."""
+
+    id: PodId
+    usage: Usage
+    interfaces: tuple[InterfaceUsage, ...] | None = None
 
 
 @runtime_checkable
@@ -289,7 +292,37 @@ class CanStats(Protocol):
     """A runtime that measures its containers."""
 
     async def stats(self, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
-        """Measure these in one pass. What cannot be measured is left out."""
+        """Measure these in one pass. What cannot be measured (it does not run) is left out.
+
+        Asked every few seconds for all containers of a node: the first part of `Usage` is wanted, in milliseconds. A
+        layer that takes long to measure is measured at other times, and reported with the time of that.
+
+        Raises:
+            RuntimeDown: nothing can be measured now.
+        """
+
+
+@runtime_checkable
+class CanDetailedStats(Protocol):
+    """A runtime that also knows the figures that only metrics show."""
+
+    async def detailed_stats(self, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
+        """As `stats`, with both parts of `Usage`. May look at each process, and take a hundred times as long."""
+
+
+@runtime_checkable
+class CanPodStats(Protocol):
+    """A runtime whose pods' figures are not those of the pods' cgroups, such as one that runs virtual machines.
+
+    Without this ability the core measures a pod by the cgroup that the kubelet named, and by the interfaces of the
+    pod's network namespace, whichever runtime it has.
+    """
+
+    async def pod_stats(self, pods: tuple[PodRef, ...], *, detailed: bool) -> tuple[PodUsage, ...]:
+        """Measure these in one pass, with the second part of `Usage` where `detailed`.
+
+        For a pod that is left out, the core's own figures stand. Raises RuntimeDown where nothing can be measured now.
+        """
 
 
 @runtime_checkable
@@ -319,7 +352,9 @@ class CanReportFootprint(Protocol):
 __all__ = [
     "CanAttach",
     "CanConnect",
+    "CanDetailedStats",
     "CanExec",
+    "CanPodStats",
     "CanPrepare",
     "CanReportFootprint",
     "CanStats",
@@ -330,6 +365,7 @@ __all__ = [
     "ContainerUsage",
     "ExecSpec",
     "PodRef",
+    "PodUsage",
     "Process",
     "Runtime",
     "RuntimeFeatures",

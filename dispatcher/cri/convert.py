@@ -61,7 +61,8 @@ def container_state(record: ContainerRecord) -> pb.ContainerState:
     return _CONTAINER_STATES[record.state]
 
 
-def _pod_metadata(record: PodRecord) -> pb.PodSandboxMetadata:
+def pod_metadata(record: PodRecord) -> pb.PodSandboxMetadata:
+    """A pod's identity, as it was asked for."""
     metadata = record.spec.metadata
     return pb.PodSandboxMetadata(
         name=metadata.name, uid=metadata.uid, namespace=metadata.namespace, attempt=metadata.attempt
@@ -81,7 +82,7 @@ def pod_item(record: PodRecord) -> pb.PodSandbox:
     """One entry of ListPodSandbox."""
     return pb.PodSandbox(
         id=record.id,
-        metadata=_pod_metadata(record),
+        metadata=pod_metadata(record),
         state=pod_state(record),
         created_at=record.created_at_ns,
         labels=record.spec.labels,
@@ -124,7 +125,7 @@ def pod_status(record: PodRecord) -> pb.PodSandboxStatus:
     """The status of a sandbox. A pod of the host's network has no address of its own (CRI)."""
     status = pb.PodSandboxStatus(
         id=record.id,
-        metadata=_pod_metadata(record),
+        metadata=pod_metadata(record),
         state=pod_state(record),
         created_at=record.created_at_ns,
         labels=record.spec.labels,

@@ -7,7 +7,7 @@ join. Filters look at records, never at bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -29,16 +29,18 @@ class RenderedEntries(Generic[Record]):
         self._wrap: Callable[[Record], Message] = wrap
         self._kept: dict[str, tuple[int, bytes]] = {}
 
-    def join(self, records: Iterable[Record]) -> bytes:
-        """Return the serialised reply that lists these records, in their order."""
-        pieces = []
+    def each(self, records: Iterable[Record]) -> Iterator[bytes]:
+        """Yield the serialised entry of each of these records, in their order."""
         for record in records:
             kept = self._kept.get(record.id)
             if kept is None or kept[0] != record.version:
                 kept = (record.version, self._wrap(record).SerializeToString())
                 self._kept[record.id] = kept
-            pieces.append(kept[1])
-        return b"".join(pieces)
+            yield kept[1]
+
+    def join(self, records: Iterable[Record]) -> bytes:
+        """Return the serialised reply that lists these records, in their order."""
+        return b"".join(self.each(records))
 
     def drop(self, record_id: str) -> None:
         """Forget a removed record."""
@@ -90,6 +92,14 @@ class Lists:
     async def containers(self, request: pb.ListContainersRequest, deps: Deps) -> bytes:
         """The containers that the filter selects."""
         return self._containers.join(self.select_containers(request.filter))
+
+    def each_pod(self, wanted: pb.PodSandboxFilter) -> Iterator[bytes]:
+        """Yield the serialised entries of the sandboxes that a filter selects."""
+        return self._pods.each(self.select_pods(wanted))
+
+    def each_container(self, wanted: pb.ContainerFilter) -> Iterator[bytes]:
+        """Yield the serialised entries of the containers that a filter selects."""
+        return self._containers.each(self.select_containers(wanted))
 
     def select_pods(self, wanted: pb.PodSandboxFilter) -> list[PodRecord]:
         """The records that a filter selects, in order of creation."""

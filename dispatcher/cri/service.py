@@ -24,7 +24,6 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.cri.handlers import (
     container_create,
     container_run,
-    events,
     exec_sync,
     images,
     list_streams,
@@ -32,11 +31,12 @@ from dispatcher.cri.handlers import (
     pod_end,
     pod_read,
     pod_run,
-    stats,
     streams,
     topics,
 )
+from dispatcher.cri.handlers.events import EventFeed
 from dispatcher.cri.handlers.list_streams import Stream
+from dispatcher.cri.handlers.stats import StatsHandlers
 from dispatcher.cri.lists import Lists
 from dispatcher.cri.status_codes import code_for, text_for
 from dispatcher.cri.statuses import Statuses
@@ -58,29 +58,17 @@ class Observer(Protocol):
         """A call was answered with this gRPC code."""
 
 
-# Served by nobody yet; a client that knows how to do without gets the one code on which it does.
-UNIMPLEMENTED = frozenset(
-    {
-        "PodSandboxStats",
-        "ListPodSandboxStats",
-        "StreamPodSandboxStats",
-        "ListMetricDescriptors",
-        "ListPodSandboxMetrics",
-        "StreamPodSandboxMetrics",
-        # These three stay: a checkpoint of a pod of any runtime is not something this node can restore honestly.
-        "CheckpointContainer",
-        "CheckpointPod",
-        "RestorePod",
-    }
-)
+# A checkpoint of a pod of any runtime is not something this node can restore honestly. A client that knows how to do
+# without gets the one code on which it does.
+UNIMPLEMENTED = frozenset({"CheckpointContainer", "CheckpointPod", "RestorePod"})
 
 
-def streamed(lists: Lists) -> dict[str, Stream]:
+def streamed(lists: Lists, stats: StatsHandlers, events: EventFeed) -> dict[str, Stream]:
     """The table of all served RPCs whose reply is a stream."""
-    return {"GetContainerEvents": events.handle, **list_streams.streams(lists)}
+    return {"GetContainerEvents": events.handle, **list_streams.streams(lists, stats)}
 
 
-def handlers(lists: Lists, statuses: Statuses) -> dict[str, Handler]:
+def handlers(lists: Lists, statuses: Statuses, stats: StatsHandlers) -> dict[str, Handler]:
     """The table of all served RPCs."""
     return {
         "Version": node.version,
@@ -105,8 +93,12 @@ def handlers(lists: Lists, statuses: Statuses) -> dict[str, Handler]:
         "Exec": streams.exec_,
         "Attach": streams.attach,
         "PortForward": streams.port_forward,
-        "ContainerStats": stats.one,
-        "ListContainerStats": stats.many,
+        "ContainerStats": stats.container,
+        "ListContainerStats": stats.containers,
+        "PodSandboxStats": stats.pod,
+        "ListPodSandboxStats": stats.pods,
+        "ListMetricDescriptors": stats.metric_descriptors,
+        "ListPodSandboxMetrics": stats.metrics,
         "ListImages": images.list_images,
         "ImageStatus": images.status,
         "PullImage": images.pull,
@@ -211,8 +203,9 @@ async def _refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) ->
 
 def generic_handlers(deps: Deps, observer: Observer) -> list[grpc.GenericRpcHandler]:
     """Make the handlers of both CRI services from the descriptor and the table."""
-    lists = Lists(deps)
-    table, stream_table = handlers(lists, Statuses(deps)), streamed(lists)
+    lists, stats = Lists(deps), StatsHandlers(deps)
+    table = handlers(lists, Statuses(deps), stats)
+    stream_table = streamed(lists, stats, EventFeed(deps))
     result = []
     for service in pb.DESCRIPTOR.services_by_name.values():
         methods = {}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dispatcher.api import ContainerUsage, ImageDisk, NetworkStatus, RuntimeHealth, VmSize
+from dispatcher.api import ContainerUsage, ImageDisk, NetworkStatus, PodUsage, RuntimeHealth, VmSize
 from dispatcher.errors import (
     DispatcherError,
     Internal,
@@ -122,6 +122,8 @@ ABILITY_METHODS: Mapping[str, _Method] = {
     "update_resources": _Method("async", _is(Resources)),
     "update_pod_resources": _ASYNC,
     "stats": _Method("async", _tuple_of(ContainerUsage)),
+    "detailed_stats": _Method("async", _tuple_of(ContainerUsage)),
+    "pod_stats": _Method("async", _tuple_of(PodUsage)),
     "trim_output": _ASYNC,
     "disk_usage": _Method("async", _is(Mapping)),
 }

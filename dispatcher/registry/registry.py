@@ -18,7 +18,9 @@ from typing import Any, TypedDict, TypeVar, cast
 from dispatcher.api import (
     CanAttach,
     CanConnect,
+    CanDetailedStats,
     CanExec,
+    CanPodStats,
     CanPrepare,
     CanReportFootprint,
     CanStats,
@@ -58,6 +60,8 @@ _ABILITIES: Mapping[type, str] = {
     CanUpdateResources: "change the limits of a running container",
     CanUpdatePod: "follow a resize of a pod",
     CanStats: "measure its containers",
+    CanDetailedStats: "measure its containers in every detail",
+    CanPodStats: "measure its pods by itself",
     CanPrepare: "prepare pods",
     CanTrimOutput: "free buffered output",
     CanReportFootprint: "report its disk use",

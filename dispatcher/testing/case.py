@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from dispatcher.api import ContainerRef, PodRef, Runtime
+from dispatcher.api import CanPodStats, ContainerRef, PodRef, Runtime
 from dispatcher.model import (
     ContainerMetadata,
     ContainerSecurity,
@@ -21,7 +21,7 @@ from dispatcher.model import (
     make_pod_id,
 )
 from dispatcher.testing.fake_engine import FakeEngine
-from dispatcher.testing.fake_runtime import make_runtime
+from dispatcher.testing.fake_runtime import USUAL, make_runtime
 
 
 class RuntimeCase(Protocol):
@@ -72,7 +72,7 @@ class FakeCase:
 
     def __init__(self) -> None:
         self.engine = FakeEngine()
-        self._runtime = make_runtime(self.engine)
+        self._runtime = make_runtime(self.engine, abilities=USUAL | {CanPodStats})
 
     @property
     def runtime(self) -> Runtime:
@@ -82,7 +82,7 @@ class FakeCase:
     async def restart(self) -> None:
         """See RuntimeCase."""
         await self._runtime.aclose()
-        self._runtime = make_runtime(self.engine)
+        self._runtime = make_runtime(self.engine, abilities=USUAL | {CanPodStats})
         await self._runtime.start()
 
     async def make_pod(self, spec: PodSpec) -> PodRef:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from dispatcher.api import (
     CanAttach,
     CanConnect,
+    CanDetailedStats,
     CanExec,
+    CanPodStats,
     CanPrepare,
     CanReportFootprint,
     CanStats,
@@ -21,6 +24,7 @@ from dispatcher.api import (
     ContainerUsage,
     ExecSpec,
     PodRef,
+    PodUsage,
     Process,
     RuntimeFeatures,
     RuntimeHealth,
@@ -32,12 +36,14 @@ from dispatcher.model import (
     CreatedContainer,
     CreatedPod,
     Facts,
+    InterfaceUsage,
     Isolation,
     Liveness,
     ObservedContainer,
     OutputChunk,
     Resources,
     Snapshot,
+    Usage,
 )
 from dispatcher.testing.fake_engine import FakeEngine
 
@@ -215,16 +221,49 @@ class _Stats:
         found = (self.engine.containers.get(container.id) for container in containers)
         now = time.time_ns()
         return tuple(
-            ContainerUsage(
-                id=container.ref.id,
-                timestamp_ns=now,
-                cpu_usage_ns=max(0, now - container.started_at_ns) // 100,
-                memory_usage_bytes=1 << 20,
-                memory_working_set_bytes=1 << 19,
-            )
+            ContainerUsage(id=container.ref.id, usage=_usage(now, container.started_at_ns))
             for container in found
             if container is not None and container.liveness is Liveness.RUNNING
         )
+
+
+class _DetailedStats:
+    @_entered
+    async def detailed_stats(self: _HasEngine, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
+        """See CanDetailedStats."""
+        found = (self.engine.containers.get(container.id) for container in containers)
+        now = time.time_ns()
+        return tuple(
+            ContainerUsage(id=item.ref.id, usage=replace(_usage(now, item.started_at_ns), process_count=1))
+            for item in found
+            if item is not None and item.liveness is Liveness.RUNNING
+        )
+
+
+class _PodStats:
+    @_entered
+    async def pod_stats(self: _HasEngine, pods: tuple[PodRef, ...], *, detailed: bool) -> tuple[PodUsage, ...]:
+        """See CanPodStats."""
+        now = time.time_ns()
+        found = ((pod, self.engine.pods.get(pod.id)) for pod in pods)
+        return tuple(
+            PodUsage(
+                id=pod.id,
+                usage=replace(_usage(now, now), cpu_user_ns=0 if detailed else None),
+                interfaces=(InterfaceUsage(name="eth0", rx_bytes=1),),
+            )
+            for pod, known in found
+            if known is not None and known.observe().liveness is Liveness.RUNNING
+        )
+
+
+def _usage(now_ns: int, started_at_ns: int) -> Usage:
+    return Usage(
+        timestamp_ns=now_ns,
+        cpu_usage_ns=max(0, now_ns - started_at_ns) // 100,
+        memory_usage_bytes=1 << 20,
+        memory_working_set_bytes=1 << 19,
+    )
 
 
 class _Prepare:
@@ -256,12 +295,15 @@ ABILITIES: Mapping[type, type] = {
     CanUpdateResources: _UpdateResources,
     CanUpdatePod: _UpdatePod,
     CanStats: _Stats,
+    CanDetailedStats: _DetailedStats,
+    CanPodStats: _PodStats,
     CanPrepare: _Prepare,
     CanTrimOutput: _TrimOutput,
     CanReportFootprint: _Footprint,
 }
-# Trimming is left out of the usual set: what is trimmed cannot be replayed, which most tests want to see.
-USUAL = frozenset(ABILITIES) - {CanTrimOutput}
+# Left out of the usual set: what is trimmed cannot be replayed, which most tests want to see; and pods are measured by
+# the core, as with most runtimes.
+USUAL = frozenset(ABILITIES) - {CanTrimOutput, CanPodStats}
 
 
 def make_runtime(engine: FakeEngine | None = None, *, abilities: Iterable[type] = USUAL, **fields: Any) -> FakeRuntime:

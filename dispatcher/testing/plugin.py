@@ -3,7 +3,7 @@
 `plugin` is ready to be an entry point's value. Its section of dispatcher.yaml may say
 
     isolation: sandboxed            # or shared-kernel, vm
-    abilities: [CanExec, CanStats]  # without it all but CanTrimOutput
+    abilities: [CanExec, CanStats]  # without it all but CanTrimOutput and CanPodStats
     option_keys: [kernel]           # what `with:` may hold in the policy
     fail: [start, create_pod]       # methods that raise
 """

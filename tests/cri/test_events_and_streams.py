@@ -15,12 +15,13 @@ def test_the_life_of_a_pod_is_told_by_events(cri: CriClient) -> None:
         cri.stop_container(container.id)
         pod.stop()
         pod.remove()
-        seen = []
+        seen, newest = [], 0
         for event in stream:
             if event.container_id not in (pod.id, container.id):
                 continue
             seen.append((event.container_id == pod.id, event.container_event_type))
-            assert event.created_at > 0
+            assert event.created_at > newest, "a kubelet drops what is not newer than what it knows"
+            newest = event.created_at
             if (event.container_id, event.container_event_type) == (container.id, pb.CONTAINER_STOPPED_EVENT):
                 assert event.pod_sandbox_status.id == pod.id
                 assert [s.exit_code for s in event.containers_statuses] == [137]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.api import find_cgroup_of_process
 from dispatcher.errors import DispatcherError, InvalidRequest, NotSupported
 from dispatcher.model import HugepageLimit, Resources
 from dispatcher_docker_shim import cgroups, host
@@ -19,7 +20,7 @@ MIB = 1 << 20
 
 def read(pid: int, controller: str, v1: str, v2: str) -> str:
     """A limit of a process's cgroup, by its file name in each version."""
-    where = cgroups.of_process(pid)
+    where = find_cgroup_of_process(pid)
     assert where is not None
     folder = where.folder(controller)
     assert folder is not None
@@ -105,14 +106,15 @@ async def test_usage(world: World, busybox: str) -> None:
     """Usage is the kernel's, taken without asking the engine per container."""
     pod = await world.make_pod()
     container = await world.run(pod, busybox, container_spec("sh", "-c", "while :; do :; done"))
-    first = (await world.runtime.stats((container,)))[0]
-    while (second := (await world.runtime.stats((container,)))[0]).cpu_usage_ns == first.cpu_usage_ns:
+    first = (await world.runtime.stats((container,)))[0].usage
+    while (second := (await world.runtime.stats((container,)))[0].usage).cpu_usage_ns == first.cpu_usage_ns:
         pass
     assert first.cpu_usage_ns is not None
     assert second.cpu_usage_ns is not None
     assert second.cpu_usage_ns > first.cpu_usage_ns
     assert second.memory_working_set_bytes is not None
     assert 0 < second.memory_working_set_bytes < 64 * MIB
+    assert second.process_count is None, "what metrics alone show is read for them alone"
     await world.runtime.stop_container(container, 0)
     assert await world.runtime.stats((container,)) == ()
     await world.remove_pod(pod)
@@ -144,7 +146,7 @@ async def test_what_is_told_is_what_the_kernel_holds(world: World, busybox: str)
     assert unlimited.cpu_quota_us == -1
     assert read(pid, "cpu", "cpu.cfs_quota_us", "cpu.max").split()[0] in {"-1", "max"}
 
-    where = cgroups.of_process(pid)
+    where = find_cgroup_of_process(pid)
     assert where is not None
     folder = where.folder("memory")
     assert folder is not None
@@ -161,7 +163,7 @@ async def test_an_update_that_the_kernel_refuses_changes_nothing(world: World, b
     container = await world.run(pod, busybox, container_spec("sh", "-c", script, resources=limits))
     await take(world.runtime.output(container, 0), 1)
     pid = world.engine.inspect(f"cri_{container.id}")["State"]["Pid"]
-    where = cgroups.of_process(pid)
+    where = find_cgroup_of_process(pid)
     assert where is not None
     if where.version == 2:
         await world.remove_pod(pod)

@@ -19,13 +19,15 @@ log = logging.getLogger(__name__)
 
 async def list_images(request: pb.ListImagesRequest, deps: Deps) -> pb.ListImagesResponse:
     """All images, or the one that the filter names."""
-    wanted = request.filter.image.image
-    if wanted:
-        found = deps.images.find(wanted)
-        images: tuple[Image, ...] = (found,) if found else ()
-    else:
-        images = deps.images.list()
-    return pb.ListImagesResponse(images=[convert.image(i) for i in images])
+    return pb.ListImagesResponse(images=[convert.image(i) for i in select(request.filter, deps)])
+
+
+def select(wanted: pb.ImageFilter, deps: Deps) -> tuple[Image, ...]:
+    """The images that a filter selects."""
+    if not wanted.image.image:
+        return deps.images.list()
+    found = deps.images.find(wanted.image.image)
+    return (found,) if found else ()
 
 
 async def status(request: pb.ImageStatusRequest, deps: Deps) -> pb.ImageStatusResponse:

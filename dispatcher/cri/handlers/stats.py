@@ -1,100 +1,97 @@
-"""ContainerStats and ListContainerStats: usage of running containers, one pass per runtime."""
+"""Stats and metrics of containers and pods. What is measured where is `dispatcher.stats`'s matter."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
-from dispatcher.api import CanStats, ContainerUsage
+from dispatcher.api import CanStats
 from dispatcher.cri import api_pb2 as pb
-from dispatcher.cri import convert
-from dispatcher.cri.handlers.lookup import get_container
-from dispatcher.cri.lists import named_containers
+from dispatcher.cri.batches import in_turns
+from dispatcher.cri.handlers.lookup import get_container, get_pod, require_ready
+from dispatcher.cri.lists import is_selected, named_containers
+from dispatcher.cri.measured import container_stats, pod_stats
+from dispatcher.cri.metric_table import descriptors, pod_metrics
 from dispatcher.deps import Deps
-from dispatcher.errors import DispatcherError, Unsupported, WrongState
-from dispatcher.model import ContainerRecord
-from dispatcher.transitions import ContainerState
-
-log = logging.getLogger(__name__)
-
-
-async def one(request: pb.ContainerStatsRequest, deps: Deps) -> pb.ContainerStatsResponse:
-    """Usage of one container, running or not; a runtime that cannot measure says so by UNIMPLEMENTED."""
-    record = get_container(request.container_id, deps)
-    pod = deps.store.get_pod(record.pod_id)
-
-    runtime = deps.registry.find_ability(pod.route.runtime, CanStats)
-    if runtime is None:
-        raise Unsupported(f'The runtime "{pod.route.runtime}" cannot measure its containers.')
-    for usage in await runtime.stats((deps.container_ref(record, pod),)):
-        return pb.ContainerStatsResponse(stats=_message(record, usage))
-    raise WrongState(f"The container {record.id} is {record.state}: there is nothing to measure.")
+from dispatcher.errors import Unsupported, WrongState
+from dispatcher.model import PodRecord
+from dispatcher.stats import ContainerFigures, Meter, PodFigures
+from dispatcher.transitions import ContainerState, PodState
 
 
-async def many(request: pb.ListContainerStatsRequest, deps: Deps) -> pb.ListContainerStatsResponse:
-    """Usage of all running containers that the filter selects. What cannot be measured now is left out."""
-    running = [r for r in deps.store.list_containers() if r.state is ContainerState.RUNNING]
-    records = named_containers(request.filter, running, deps.store)
+class StatsHandlers:
+    """The RPCs on stats and metrics, over one meter."""
 
-    by_id = {record.id: record for record in records}
-    usages = await usages_of(records, deps)
-    return pb.ListContainerStatsResponse(stats=[_message(by_id[u.id], u) for u in usages])
+    def __init__(self, deps: Deps) -> None:
+        self._meter = Meter(deps)
+
+    # ---------------------------------------------------------------------------------------------------- containers
+    async def container(self, request: pb.ContainerStatsRequest, deps: Deps) -> pb.ContainerStatsResponse:
+        """Usage of one container; a runtime that cannot measure says so by UNIMPLEMENTED."""
+        record = get_container(request.container_id, deps)
+        pod = deps.store.get_pod(record.pod_id)
+        if deps.registry.find_ability(pod.route.runtime, CanStats) is None:
+            raise Unsupported(f'The runtime "{pod.route.runtime}" cannot measure its containers.')
+        for figures in await self._meter.containers([record]):
+            return pb.ContainerStatsResponse(stats=container_stats(figures))
+        raise WrongState(f"The container {record.id} is {record.state}: there is nothing to measure.")
+
+    async def containers(self, request: pb.ListContainerStatsRequest, deps: Deps) -> pb.ListContainerStatsResponse:
+        """Usage of all running containers that the filter selects. What cannot be measured now is left out."""
+        reply = pb.ListContainerStatsResponse()
+        async for message in in_turns(await self.select_containers(request.filter, deps), container_stats):
+            reply.stats.append(message)
+        return reply
+
+    async def select_containers(self, wanted: pb.ContainerStatsFilter, deps: Deps) -> list[ContainerFigures]:
+        """Measure what a filter selects."""
+        running = [r for r in deps.store.list_containers() if r.state is ContainerState.RUNNING]
+        return await self._meter.containers(named_containers(wanted, running, deps.store))
+
+    # ---------------------------------------------------------------------------------------------------------- pods
+    async def pod(self, request: pb.PodSandboxStatsRequest, deps: Deps) -> pb.PodSandboxStatsResponse:
+        """Usage of one pod with its containers. NOT_FOUND for no such pod, FAILED_PRECONDITION for one that ended."""
+        record = require_ready(get_pod(request.pod_sandbox_id, deps))
+        figures = await self._meter.pods([record])
+        return pb.PodSandboxStatsResponse(stats=pod_stats(figures[0]))
+
+    async def pods(self, request: pb.ListPodSandboxStatsRequest, deps: Deps) -> pb.ListPodSandboxStatsResponse:
+        """Usage of all ready pods that the filter selects."""
+        reply = pb.ListPodSandboxStatsResponse()
+        async for message in in_turns(await self.select_pods(request.filter, deps), pod_stats):
+            reply.stats.append(message)
+        return reply
+
+    async def select_pods(self, wanted: pb.PodSandboxStatsFilter, deps: Deps) -> list[PodFigures]:
+        """Measure what a filter selects."""
+        records: Iterable[PodRecord] = _ready_pods(deps)
+        if wanted.id:
+            pod_id = deps.store.resolve_pod_id(wanted.id)
+            records = [r for r in records if r.id == pod_id]
+        if wanted.label_selector:
+            records = [r for r in records if is_selected(r.spec.labels, wanted.label_selector)]
+        return await self._meter.pods(list(records))
+
+    # ------------------------------------------------------------------------------------------------------- metrics
+    async def metric_descriptors(
+        self, request: pb.ListMetricDescriptorsRequest, deps: Deps
+    ) -> pb.ListMetricDescriptorsResponse:
+        """The names and label keys of all metrics, which never change while we run."""
+        return pb.ListMetricDescriptorsResponse(descriptors=descriptors())
+
+    async def metrics(self, request: pb.ListPodSandboxMetricsRequest, deps: Deps) -> pb.ListPodSandboxMetricsResponse:
+        """All series of all ready pods and their running containers, measured now."""
+        reply = pb.ListPodSandboxMetricsResponse()
+        async for message in self.each_pod_metrics(deps):
+            reply.pod_metrics.append(message)
+        return reply
+
+    async def each_pod_metrics(self, deps: Deps) -> AsyncIterator[pb.PodSandboxMetrics]:
+        """The same, pod by pod: others get their turn on the loop in between."""
+        for figures in await self._meter.pods(_ready_pods(deps), detailed=True):
+            yield pod_metrics(figures, self._meter.device_name)
+            await asyncio.sleep(0)
 
 
-async def usages_of(records: Iterable[ContainerRecord], deps: Deps) -> list[ContainerUsage]:
-    """Ask each runtime once about all of its containers; one that fails leaves out its own and fails nobody."""
-    groups: dict[str, list[ContainerRecord]] = {}
-    for record in records:
-        pod = deps.store.find_pod(record.pod_id)
-        if pod is not None:
-            groups.setdefault(pod.route.runtime, []).append(record)
-    found = await asyncio.gather(*(_from_runtime(name, group, deps) for name, group in groups.items()))
-    return [usage for usages in found for usage in usages]
-
-
-async def _from_runtime(name: str, records: list[ContainerRecord], deps: Deps) -> tuple[ContainerUsage, ...]:
-    try:
-        runtime = deps.registry.find_ability(name, CanStats)
-        if runtime is None:
-            return ()
-        return await runtime.stats(
-            tuple(deps.container_ref(record, deps.store.get_pod(record.pod_id)) for record in records)
-        )
-    except DispatcherError as error:
-        log.warning("no stats", extra={"runtime": name, "cause": error.message})
-        return ()
-
-
-def _message(record: ContainerRecord, usage: ContainerUsage) -> pb.ContainerStats:
-    stats = pb.ContainerStats(
-        attributes=pb.ContainerAttributes(
-            id=record.id,
-            metadata=convert.container_metadata(record),
-            labels=record.spec.labels,
-            annotations=record.spec.annotations,
-        )
-    )
-    stats.cpu.timestamp = usage.timestamp_ns
-    stats.memory.timestamp = usage.timestamp_ns
-    _set(stats.cpu.usage_core_nano_seconds, usage.cpu_usage_ns)
-    _set(stats.memory.usage_bytes, usage.memory_usage_bytes)
-    _set(stats.memory.working_set_bytes, usage.memory_working_set_bytes)
-    _set(stats.memory.rss_bytes, usage.memory_rss_bytes)
-    _set(stats.memory.page_faults, usage.memory_page_faults)
-    _set(stats.memory.major_page_faults, usage.memory_major_page_faults)
-    if usage.swap_usage_bytes is not None:
-        stats.swap.timestamp = usage.timestamp_ns
-        _set(stats.swap.swap_usage_bytes, usage.swap_usage_bytes)
-    if usage.writable_layer_bytes is not None:
-        stats.writable_layer.timestamp = usage.timestamp_ns
-        stats.writable_layer.fs_id.mountpoint = usage.writable_layer_mountpoint
-        _set(stats.writable_layer.used_bytes, usage.writable_layer_bytes)
-        _set(stats.writable_layer.inodes_used, usage.writable_layer_inodes)
-    return stats
-
-
-def _set(field: pb.UInt64Value, value: int | None) -> None:
-    """A wrapper that is absent means "not known"; zero is a figure."""
-    if value is not None:
-        field.value = value
+def _ready_pods(deps: Deps) -> list[PodRecord]:
+    return [record for record in deps.store.list_pods() if record.state is PodState.READY]

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from dispatcher.api import CanPrepare, CanStats, CanUpdateResources
+from dispatcher.api import (
+    CanDetailedStats,
+    CanPodStats,
+    CanPrepare,
+    CanStats,
+    CanUpdateResources,
+    ContainerRef,
+    ContainerUsage,
+)
 from dispatcher.errors import DispatcherError, InvalidRequest
 from dispatcher.model import (
     EnvVar,
@@ -17,6 +25,7 @@ from dispatcher.model import (
     PodSpec,
     Resources,
     Stream,
+    make_pod_id,
 )
 from dispatcher.testing.case import RuntimeCase, container_spec, pod_spec
 from dispatcher.testing.contract.steps import (
@@ -312,10 +321,42 @@ async def test_usage_is_measured_for_what_runs(case: RuntimeCase) -> None:
     async with new_pod(case) as pod:
         running = await start_ready(case, pod, script(DEAF, name="running"))
         missing = await case.make_container(pod, script("true", name="missing"))
-        usage = await runtime.stats((running, missing))
-        assert [entry.id for entry in usage] == [running.id]
-        assert usage[0].timestamp_ns > 0
-        assert usage[0].memory_working_set_bytes is None or usage[0].memory_working_set_bytes > 0
+        check_usage(await runtime.stats((running, missing)), running)
+
+
+async def test_all_figures_are_measured_for_what_runs(case: RuntimeCase) -> None:
+    """`detailed_stats` is `stats` with more figures."""
+    runtime = ability(case, CanDetailedStats)
+    async with new_pod(case) as pod:
+        running = await start_ready(case, pod, script(DEAF, name="running"))
+        missing = await case.make_container(pod, script("true", name="missing"))
+        found = await runtime.detailed_stats((running, missing))
+        check_usage(found, running)
+        assert found[0].usage.process_count is None or found[0].usage.process_count > 0
+
+
+def check_usage(found: tuple[ContainerUsage, ...], running: ContainerRef) -> None:
+    """One reading, of the container that runs, with figures that can be."""
+    assert [entry.id for entry in found] == [running.id]
+    usage = found[0].usage
+    assert usage.timestamp_ns > 0
+    assert usage.cpu_usage_ns is None or usage.cpu_usage_ns >= 0
+    assert usage.memory_working_set_bytes is None or usage.memory_working_set_bytes > 0
+    layer = found[0].writable_layer
+    assert layer is None or (layer.mountpoint.startswith("/") and layer.timestamp_ns > 0)
+
+
+async def test_pods_are_measured_by_a_runtime_that_has_their_figures(case: RuntimeCase) -> None:
+    """`pod_stats` measures the pods that run, and leaves out what it does not know."""
+    runtime = ability(case, CanPodStats)
+    async with new_pod(case) as pod:
+        unknown = replace(pod, id=make_pod_id(), facts={})
+        for detailed in (False, True):
+            found = await runtime.pod_stats((pod, unknown), detailed=detailed)
+            assert [entry.id for entry in found] == [pod.id]
+            assert found[0].usage.timestamp_ns > 0
+            names = [interface.name for interface in found[0].interfaces or ()]
+            assert len(names) == len(set(names))
 
 
 async def test_standard_error_is_kept_apart(case: RuntimeCase) -> None:

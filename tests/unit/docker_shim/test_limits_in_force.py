@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.api import CgroupFolders
 from dispatcher.errors import NotSupported
 from dispatcher.model import Resources
 from dispatcher_docker_shim import cgroups
@@ -40,13 +41,13 @@ V2 = {
 }
 
 
-def hierarchy(version: int, folder: Path, files: dict[str, str]) -> cgroups.Hierarchy:
+def hierarchy(version: int, folder: Path, files: dict[str, str]) -> CgroupFolders:
     """A cgroup in a folder; one folder stands for all controllers of version 1."""
     for name, text in files.items():
         (folder / name).write_text(text + "\n")
     if version == 2:
-        return cgroups.Hierarchy(version=2, paths={}, unified=folder)
-    return cgroups.Hierarchy(version=1, paths=dict.fromkeys(("cpu", "memory", "cpuset"), folder), unified=None)
+        return CgroupFolders(version=2, paths={}, unified=folder)
+    return CgroupFolders(version=1, paths=dict.fromkeys(("cpu", "memory", "cpuset"), folder), unified=None)
 
 
 @pytest.mark.parametrize(("version", "files"), [(1, V1), (2, V2)])

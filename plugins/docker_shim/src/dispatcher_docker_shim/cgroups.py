@@ -1,7 +1,7 @@
-"""The cgroups of a running container: limits that the engine has no word for, and usage. Versions 1 and 2.
+"""Limits of a running container that the engine has no word for, written to its cgroup. Versions 1 and 2.
 
-The engine makes and removes these folders; we only write limits into the container's own one and read. Which folder
-it is comes from the kernel (/proc/PID/cgroup), never from a name that we compute.
+The engine makes and removes these folders; we only write limits into the container's own one. Which folder it is comes
+from the kernel (/proc/PID/cgroup), never from a name that we compute.
 """
 
 from __future__ import annotations
@@ -9,42 +9,15 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.api import effect
+from dispatcher.api import CgroupFolders, effect
 from dispatcher.errors import InvalidRequest, NotSupported
 from dispatcher.model import HugepageLimit
 
 ROOT = Path("/sys/fs/cgroup")
 _KEY = re.compile(r"(memory|cpu|cpuset|io|pids|hugetlb|misc|rdma)\.[a-z0-9_.]{1,48}", re.IGNORECASE)
 _PAGE_SIZE = re.compile(r"[1-9][0-9]{0,6}(KB|MB|GB)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hierarchy:
-    """Where a container's controllers are: `paths` by controller for version 1, `unified` for version 2."""
-
-    version: int
-    paths: Mapping[str, Path]
-    unified: Path | None
-
-    def folder(self, controller: str) -> Path | None:
-        """The container's folder of a controller, or None where the host does not have it."""
-        return self.unified if self.version == 2 else self.paths.get(controller)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """One reading; None for what the kernel does not tell."""
-
-    cpu_usage_ns: int | None = None
-    memory_usage_bytes: int | None = None
-    memory_working_set_bytes: int | None = None
-    memory_rss_bytes: int | None = None
-    page_faults: int | None = None
-    major_page_faults: int | None = None
-    swap_bytes: int | None = None
 
 
 def has_hugetlb(page_size: str, root: Path = ROOT) -> bool:
@@ -88,38 +61,8 @@ def check_extra(
     return tuple(notes)
 
 
-def of_process(pid: int, root: Path = ROOT) -> Hierarchy | None:
-    """The cgroup folders of a process, or None where it is gone or its cgroups are not visible here."""
-    try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return parse_membership(lines, root)
-
-
-def parse_membership(lines: list[str], root: Path = ROOT) -> Hierarchy | None:
-    """Read the lines of /proc/PID/cgroup."""
-    paths: dict[str, Path] = {}
-    unified: Path | None = None
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        relative = path.lstrip("/")
-        if number == "0" and not controllers:
-            unified = root / relative
-        else:
-            for name in controllers.split(","):
-                mount = name.removeprefix("name=")
-                paths[mount] = root / mount / relative
-    if "memory" in paths or "cpu" in paths:
-        return Hierarchy(version=1, paths=paths, unified=None)
-    if unified is not None:
-        return Hierarchy(version=2, paths={}, unified=unified)
-    return None
-
-
 @effect("docker.write_cgroup")
-def write_extra(where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]) -> None:
+def write_extra(where: CgroupFolders, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]) -> None:
     """Write huge page limits and raw version 2 keys of a container that just started.
 
     Raises:
@@ -131,7 +74,7 @@ def write_extra(where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified:
 
 @contextlib.contextmanager
 def extra_kept_if_done(
-    where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
+    where: CgroupFolders, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
 ) -> Iterator[None]:
     """Write as `write_extra` does, and put back what stood before if that, or the block, fails."""
     before = [(path, _value(path)) for path, _ in _extra(where, hugepages, unified)]
@@ -152,7 +95,7 @@ def _put_back(before: list[tuple[Path, str]]) -> None:
 
 
 def _extra(
-    where: Hierarchy, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
+    where: CgroupFolders, hugepages: tuple[HugepageLimit, ...], unified: Mapping[str, str]
 ) -> Iterator[tuple[Path, str]]:
     folder = where.folder("hugetlb")
     for limit in hugepages:
@@ -181,59 +124,6 @@ def _write(path: Path, value: str) -> None:
             file.write(value)
     except OSError as error:
         raise NotSupported(f"the kernel refused {value!r} for {path.name}: {error.strerror}") from error
-
-
-def usage(where: Hierarchy) -> Usage | None:
-    """Read usage, or None where the container's cgroup is gone."""
-    try:
-        return _usage_v2(where) if where.version == 2 else _usage_v1(where)
-    except (OSError, ValueError):
-        return None
-
-
-def _usage_v1(where: Hierarchy) -> Usage:
-    memory = where.paths.get("memory")
-    accounting = where.paths.get("cpuacct")
-    cpu = int((accounting / "cpuacct.usage").read_text(encoding="ascii")) if accounting else None
-    if memory is None:
-        return Usage(cpu_usage_ns=cpu)
-    used = int((memory / "memory.usage_in_bytes").read_text(encoding="ascii"))
-    stat = _pairs(memory / "memory.stat")
-    swap = None
-    if (memory / "memory.memsw.usage_in_bytes").exists():
-        swap = max(0, int((memory / "memory.memsw.usage_in_bytes").read_text(encoding="ascii")) - used)
-    return Usage(
-        cpu_usage_ns=cpu,
-        memory_usage_bytes=used,
-        memory_working_set_bytes=max(0, used - stat.get("total_inactive_file", 0)),
-        memory_rss_bytes=stat.get("total_rss"),
-        page_faults=stat.get("total_pgfault"),
-        major_page_faults=stat.get("total_pgmajfault"),
-        swap_bytes=swap,
-    )
-
-
-def _usage_v2(where: Hierarchy) -> Usage:
-    assert where.unified is not None
-    folder = where.unified
-    cpu = _pairs(folder / "cpu.stat").get("usage_usec")
-    used = int((folder / "memory.current").read_text(encoding="ascii"))
-    stat = _pairs(folder / "memory.stat")
-    swap_path = folder / "memory.swap.current"
-    return Usage(
-        cpu_usage_ns=None if cpu is None else cpu * 1000,
-        memory_usage_bytes=used,
-        memory_working_set_bytes=max(0, used - stat.get("inactive_file", 0)),
-        memory_rss_bytes=stat.get("anon"),
-        page_faults=stat.get("pgfault"),
-        major_page_faults=stat.get("pgmajfault"),
-        swap_bytes=int(swap_path.read_text(encoding="ascii")) if swap_path.exists() else None,
-    )
-
-
-def _pairs(path: Path) -> dict[str, int]:
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
 
 
 def _kilobytes(page_size: str) -> int:

@@ -26,7 +26,11 @@ _AFTER_GAP_S = 0.1
 
 
 class EngineFacts:
-    """Answers what the engine knows of our objects. `pids` holds the first processes of running containers."""
+    """Answers what the engine knows of our objects.
+
+    `pids` holds the first processes of running containers, `layers` the folders of all writable layers ("" where the
+    engine tells none), by the engine's names.
+    """
 
     def __init__(self, link: EngineLink, oom: OomWitness, *, node_uuid: str, threads: int) -> None:
         self._link = link
@@ -34,6 +38,7 @@ class EngineFacts:
         self._node_uuid = node_uuid
         self._threads = threads
         self.pids: dict[str, int] = {}
+        self.layers: dict[str, str] = {}
 
     async def of_exactly(self, pods: tuple[PodRef, ...], containers: tuple[ContainerRef, ...]) -> Snapshot:
         """Facts on exactly these; ABSENT for what the engine does not have."""
@@ -82,7 +87,7 @@ class EngineFacts:
         while True:
             found = await self._link.client.inspect(name)
             self._oom.complete(found)
-            self._note_pid(name, found)
+            self._note(name, found)
             if not self._oom.may_be_late(name, found["State"]):
                 return found
             await asyncio.sleep(_LOOK_AGAIN_S)
@@ -104,8 +109,9 @@ class EngineFacts:
         names = [name_of(row) for row in rows if naming.is_ours(row.get("Labels"), self._node_uuid)]
         found = await self._inspect_all(names)
         self.pids.clear()
+        self.layers.clear()
         for name, item in found.items():
-            self._note_pid(name, item)
+            self._note(name, item)
         age = self._link.age
         return Snapshot(
             pods=tuple(pod_facts(item, age) for item in found.values() if _is_pod(item)),
@@ -117,6 +123,7 @@ class EngineFacts:
         found = await self._link.client.find(name)
         if found is None:
             self.pids.pop(name, None)
+            self.layers.pop(name, None)
             object_id = naming.object_id(name)
             return Change(
                 sequence=sequence,
@@ -126,7 +133,7 @@ class EngineFacts:
         if not naming.is_ours(found["Config"]["Labels"], self._node_uuid):
             return None
         self._oom.complete(found)
-        self._note_pid(name, found)
+        self._note(name, found)
         if _is_pod(found):
             return Change(sequence=sequence, pod=pod_facts(found, self._link.age))
         if self._oom.may_be_late(name, found["State"]):
@@ -156,7 +163,8 @@ class EngineFacts:
             return ObservedContainer(id=container_id, liveness=Liveness.ABSENT)
         return container_facts(found, self._link.age)
 
-    def _note_pid(self, name: str, found: Mapping[str, Any]) -> None:
+    def _note(self, name: str, found: Mapping[str, Any]) -> None:
+        self.layers[name] = _layer_of(found)
         pid = int(found["State"].get("Pid") or 0)
         if pid and not _is_pod(found):
             self.pids[name] = pid
@@ -179,6 +187,11 @@ def name_of(row: Mapping[str, Any]) -> str:
     """The name of a row of the engine's list; linked names hold a second slash."""
     names = [name[1:] for name in row.get("Names") or () if name.count("/") == 1]
     return names[0] if names else str(row["Id"])
+
+
+def _layer_of(found: Mapping[str, Any]) -> str:
+    driver = found.get("GraphDriver") or {}
+    return str((driver.get("Data") or {}).get("UpperDir") or "")
 
 
 def _is_pod(found: Mapping[str, Any]) -> bool:

@@ -14,14 +14,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from dispatcher.api import CgroupFolders
 from dispatcher.model import Resources
-from dispatcher_docker_shim.cgroups import Hierarchy
 
 _PAGE = resource.getpagesize()
 _UNLIMITED_V1 = 1 << 60  # version 1 writes "no limit" as the largest number of whole pages
 
 
-def in_force(where: Hierarchy, granted: Resources) -> Resources:
+def in_force(where: CgroupFolders, granted: Resources) -> Resources:
     """Return `granted` with every limit that the kernel holds otherwise replaced by the kernel's.
 
     A file that cannot be read (the container just ended, or the controller is absent) leaves its limit as granted.
@@ -71,7 +71,7 @@ class _Cpus:
 _Read = Mapping[str, tuple[int | str, "_Number | _Weight | _Cpus"]]
 
 
-def _v1(where: Hierarchy) -> _Read:
+def _v1(where: CgroupFolders) -> _Read:
     read: dict[str, tuple[int | str, _Number | _Weight | _Cpus]] = {}
     names = {
         "cpu_period_us": ("cpu", "cpu.cfs_period_us"),
@@ -88,7 +88,7 @@ def _v1(where: Hierarchy) -> _Read:
     return {**read, **_cpuset(where)}
 
 
-def _v2(where: Hierarchy) -> _Read:
+def _v2(where: CgroupFolders) -> _Read:
     read: dict[str, tuple[int | str, _Number | _Weight | _Cpus]] = {}
     with suppress(OSError, ValueError):
         quota, period = _text(where, "cpu", "cpu.max").split()
@@ -107,7 +107,7 @@ def _v2(where: Hierarchy) -> _Read:
     return {**read, **_cpuset(where)}
 
 
-def _cpuset(where: Hierarchy) -> _Read:
+def _cpuset(where: CgroupFolders) -> _Read:
     read: dict[str, tuple[int | str, _Number | _Weight | _Cpus]] = {}
     for field in ("cpuset_cpus", "cpuset_mems"):
         with suppress(OSError, ValueError):
@@ -116,7 +116,7 @@ def _cpuset(where: Hierarchy) -> _Read:
     return read
 
 
-def _text(where: Hierarchy, controller: str, file: str) -> str:
+def _text(where: CgroupFolders, controller: str, file: str) -> str:
     folder = where.folder(controller)
     if folder is None:
         raise FileNotFoundError(controller)

@@ -12,7 +12,16 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dispatcher.api import ContainerRef, ContainerUsage, ExecSpec, PodRef, Process, RuntimeHealth, Services
+from dispatcher.api import (
+    ContainerRef,
+    ContainerUsage,
+    ExecSpec,
+    PodRef,
+    Process,
+    RuntimeHealth,
+    Services,
+    find_cgroup_of_process,
+)
 from dispatcher.api.containers import stop_signal
 from dispatcher.errors import DispatcherError, InvalidRequest, NotFound, NotSupported, RuntimeDown, WrongState
 from dispatcher.model import (
@@ -55,7 +64,7 @@ _PAUSE_EXITS = {
 
 
 class DockerRuntime:
-    """Pods in a Docker Engine. Implements `Runtime` and every optional ability but `CanPrepare`."""
+    """Pods in a Docker Engine. Implements `Runtime` and every optional ability but `CanPrepare` and `CanPodStats`."""
 
     name = "docker"
     isolation = Isolation.SHARED_KERNEL
@@ -71,7 +80,9 @@ class DockerRuntime:
         self._events = self._link.events
         self._oom = OomWitness(config.oom_settle_s)
         self._facts = EngineFacts(self._link, self._oom, node_uuid=self._node_uuid, threads=config.threads)
-        self._usage = UsageReader(self._link, self._facts.pids, node_uuid=self._node_uuid, now_ns=services.now_ns)
+        self._usage = UsageReader(
+            self._link, self._facts.pids, self._facts.layers, node_uuid=self._node_uuid, now_ns=services.now_ns
+        )
         self._stopping = Stopping(self._client, self._events, kill_deadline_s=config.kill_deadline_s)
         self._folders = FolderWatch()
         self._trimmer = Trimmer()
@@ -82,6 +93,7 @@ class DockerRuntime:
 
     async def aclose(self) -> None:
         """Let go of connections, threads and waits; containers run on."""
+        await self._usage.aclose()
         await self._stopping.aclose()
         await self._link.aclose()
         self._folders.close()
@@ -220,7 +232,7 @@ class DockerRuntime:
         pid = int(found["State"].get("Pid") or 0)
         if wanted is None or not pid or not (wanted.hugepage_limits or wanted.unified):
             return
-        where = cgroups.of_process(pid)
+        where = find_cgroup_of_process(pid)
         if where is None:
             return  # it ended at once
         try:
@@ -257,7 +269,7 @@ class DockerRuntime:
         granted = replace(granted, oom_score_adj=int(found["HostConfig"].get("OomScoreAdj") or 0))
         cgroups.check_extra(wanted.hugepage_limits, wanted.unified, version=traits.cgroup_version)
         pid = int(found["State"].get("Pid") or 0)
-        where = cgroups.of_process(pid) if pid else None
+        where = find_cgroup_of_process(pid) if pid else None
         if where is None:
             await self._client.update(name, limits)
             return granted  # extras are written when it starts
@@ -374,6 +386,10 @@ class DockerRuntime:
     async def stats(self, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
         """Measure containers."""
         return await self._usage.of_containers(containers)
+
+    async def detailed_stats(self, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
+        """Measure containers with all figures, those of their processes as well."""
+        return await self._usage.of_containers(containers, detailed=True)
 
     async def disk_usage(self) -> Mapping[str, tuple[int, int]]:
         """Measure the writable layers."""

@@ -1,71 +1,83 @@
-"""What containers use: one pass over their cgroups, and the engine's figures for their writable layers."""
+"""What containers use: one pass over their cgroups in a thread, and the figures of their writable layers."""
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Callable, Mapping
 
-from dispatcher.api import ContainerRef, ContainerUsage
-from dispatcher.errors import RuntimeDown
-from dispatcher_docker_shim import cgroups, naming
+from dispatcher.api import ContainerRef, ContainerUsage, find_cgroup_of_process, read_processes, read_usage
+from dispatcher.model import ContainerId, FilesystemUsage, Usage
+from dispatcher_docker_shim import naming
 from dispatcher_docker_shim.engine import EngineLink
 from dispatcher_docker_shim.facts import name_of
-
-_LAYERS_FOR_S = 60.0
+from dispatcher_docker_shim.layers import Layer, LayerMeter
 
 
 class UsageReader:
-    """Measures. Measuring layers walks disks, so the engine is asked for all of them once a minute at most."""
+    """Measures. `pids` are the first processes of running containers, `folders` the writable layers of all, by name."""
 
-    def __init__(self, link: EngineLink, pids: Mapping[str, int], *, node_uuid: str, now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        link: EngineLink,
+        pids: Mapping[str, int],
+        folders: Mapping[str, str],
+        *,
+        node_uuid: str,
+        now_ns: Callable[[], int],
+    ) -> None:
         self._link = link
         self._pids = pids
         self._node_uuid = node_uuid
         self._now_ns = now_ns
-        self._layers: dict[str, int] = {}
-        self._layers_at = -_LAYERS_FOR_S
+        self._layers = LayerMeter(folders, self._ask_sizes, now_ns=now_ns)
 
-    async def of_containers(self, containers: tuple[ContainerRef, ...]) -> tuple[ContainerUsage, ...]:
+    async def aclose(self) -> None:
+        """Stop measuring layers."""
+        await self._layers.aclose()
+
+    async def of_containers(
+        self, containers: tuple[ContainerRef, ...], *, detailed: bool = False
+    ) -> tuple[ContainerUsage, ...]:
         """Usage of those that run; the others are left out."""
-        await self._refresh_layers()
-        mountpoint = self._link.traits.root_dir if self._link.traits else ""
-        rows = []
-        for container in containers:
-            name = naming.engine_name(container.id)
-            where = cgroups.of_process(self._pids[name]) if name in self._pids else None
-            usage = cgroups.usage(where) if where else None
-            if usage is None:
-                continue
-            rows.append(
-                ContainerUsage(
-                    id=container.id,
-                    timestamp_ns=self._now_ns(),
-                    cpu_usage_ns=usage.cpu_usage_ns,
-                    memory_usage_bytes=usage.memory_usage_bytes,
-                    memory_working_set_bytes=usage.memory_working_set_bytes,
-                    memory_rss_bytes=usage.memory_rss_bytes,
-                    memory_page_faults=usage.page_faults,
-                    memory_major_page_faults=usage.major_page_faults,
-                    swap_usage_bytes=usage.swap_bytes,
-                    writable_layer_bytes=self._layers.get(name),
-                    writable_layer_mountpoint=mountpoint,
-                ),
-            )
-        return tuple(rows)
+        names = {container.id: naming.engine_name(container.id) for container in containers}
+        running = {object_id: self._pids[name] for object_id, name in names.items() if name in self._pids}
+        layers, usages = await asyncio.gather(
+            self._layers.measure(names.values()), asyncio.to_thread(_read_all, running, detailed, self._now_ns)
+        )
+        return tuple(
+            ContainerUsage(id=object_id, usage=usage, writable_layer=self._layer(layers.get(names[object_id])))
+            for object_id, usage in usages.items()
+        )
 
     async def of_disk(self) -> dict[str, tuple[int, int]]:
-        """Bytes of all writable layers, under the engine's data folder. Inodes are not told by the engine."""
-        await self._refresh_layers()
+        """Bytes and inodes of all writable layers that were measured, under the engine's data folder."""
+        layers = await self._layers.measure()
         if self._link.traits is None:
             return {}
-        return {self._link.traits.root_dir: (sum(self._layers.values()), 0)}
+        used = sum(layer.used_bytes for layer in layers.values())
+        return {self._link.traits.root_dir: (used, sum(layer.inodes for layer in layers.values()))}
 
-    async def _refresh_layers(self) -> None:
-        if time.monotonic() - self._layers_at < _LAYERS_FOR_S:
-            return
-        self._layers_at = time.monotonic()
-        try:
-            rows = await self._link.client.list_by_labels({naming.NODE_LABEL: self._node_uuid}, size=True)
-        except RuntimeDown:
-            return  # the figures of a minute ago serve
-        self._layers = {name_of(row): int(row.get("SizeRw") or 0) for row in rows}
+    def _layer(self, layer: Layer | None) -> FilesystemUsage | None:
+        if layer is None or self._link.traits is None:
+            return None
+        return FilesystemUsage(
+            timestamp_ns=layer.at_ns,
+            mountpoint=self._link.traits.root_dir,
+            used_bytes=layer.used_bytes,
+            inodes_used=layer.inodes,
+        )
+
+    async def _ask_sizes(self) -> dict[str, int]:
+        rows = await self._link.client.list_by_labels({naming.NODE_LABEL: self._node_uuid}, size=True)
+        return {name_of(row): int(row.get("SizeRw") or 0) for row in rows}
+
+
+def _read_all(pids: Mapping[ContainerId, int], detailed: bool, now_ns: Callable[[], int]) -> dict[ContainerId, Usage]:
+    """One pass. Which cgroup it is comes from the kernel: a pid that was reused belongs to another one."""
+    found = {}
+    for object_id, pid in pids.items():
+        where = find_cgroup_of_process(pid)
+        usage = read_usage(where, detailed=detailed, now_ns=now_ns) if where is not None else None
+        if where is not None and usage is not None:
+            found[object_id] = read_processes(where, usage, first_pid=pid) if detailed else usage
+    return found

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from dispatcher.api import expand_cgroup_parent
 
 DEFAULT_PERIOD_US = 100_000
 # Version 1 shows "unlimited" as the largest number of pages; nobody has an exbibyte of memory.
@@ -28,7 +30,7 @@ def read_pod_limits(root: Path, cgroup_parent: str) -> CgroupLimits | None:
 
     `root` is where the hierarchies are mounted: /sys/fs/cgroup, of version 1, 2, or both.
     """
-    relative = expand(cgroup_parent)
+    relative = expand_cgroup_parent(cgroup_parent)
     if relative is None:
         return None
     unified = root / relative
@@ -39,23 +41,6 @@ def read_pod_limits(root: Path, cgroup_parent: str) -> CgroupLimits | None:
     if memory is None and cpu is None:
         return None
     return _read_v1(memory, cpu)
-
-
-def expand(cgroup_parent: str) -> PurePosixPath | None:
-    """Return the path below a hierarchy's root that a `cgroup_parent` stands for, or None for none or a bad one.
-
-    Under the systemd driver it may be a bare slice name: `a-b.slice` lies in `a.slice`.
-    """
-    parts = [part for part in cgroup_parent.split("/") if part]
-    if not parts or ".." in parts or "." in parts or "\0" in cgroup_parent:
-        return None
-    if len(parts) == 1 and parts[0].endswith(".slice"):
-        stem = parts[0].removesuffix(".slice")
-        pieces = stem.split("-")
-        if stem == "" or "" in pieces:  # "-.slice" is systemd's name for the root
-            return None
-        parts = ["-".join(pieces[:count]) + ".slice" for count in range(1, len(pieces) + 1)]
-    return PurePosixPath(*parts)
 
 
 def _first_folder(folders: Iterable[Path]) -> Path | None:
