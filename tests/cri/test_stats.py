@@ -48,7 +48,7 @@ def listed(cri: CriClient, **filters: Any) -> list[str]:
 
 def test_a_pod_is_measured_by_its_cgroup(cri: CriClient, owned: Pod) -> None:
     """More than its containers: what else runs in its cgroup counts, and what they used before they ended."""
-    container = owned.run(container_config(linux=pb.LinuxContainerConfig(resources=LIMITS)))
+    container = owned.run(container_config(resources=LIMITS))
     stats = pod_stats(cri, owned)
     assert stats.attributes.id == owned.id
     assert stats.attributes.metadata == owned.config.metadata
@@ -134,9 +134,7 @@ def test_what_cannot_be_measured_is_an_error_by_itself(cri: CriClient) -> None:
 
 def test_a_busy_container_has_a_rate(cri: CriClient, owned: Pod) -> None:
     """About half a core, which is its limit, as soon as two questions are a second apart."""
-    config = container_config(
-        command=["sh", "-c", "while :; do :; done"], linux=pb.LinuxContainerConfig(resources=LIMITS)
-    )
+    config = container_config(command=["sh", "-c", "while :; do :; done"], resources=LIMITS)
     container = owned.run(config)
 
     def rates() -> tuple[int, int]:
@@ -190,7 +188,7 @@ def test_pressure_rises_with_the_waiting(cri: CriClient, owned: Pod) -> None:
     """Two loops on less than a core wait for each other."""
     one = pb.LinuxContainerResources(cpu_period=100_000, cpu_quota=10_000)
     script = "(while :; do :; done) & while :; do :; done"
-    container = owned.run(container_config(command=["sh", "-c", script], linux=pb.LinuxContainerConfig(resources=one)))
+    container = owned.run(container_config(command=["sh", "-c", script], resources=one))
     request = pb.ContainerStatsRequest(container_id=container.id)
     if not cri.rpc("ContainerStats", request).stats.cpu.HasField("psi"):
         pytest.skip("the engine puts its containers into no cgroup with pressure")
@@ -222,7 +220,7 @@ def test_streams_hold_what_the_lists_hold(cri: CriClient) -> None:
 
 def test_metrics_say_what_stats_say(cri: CriClient, owned: Pod) -> None:
     """The same figures under the labels that dashboards look for."""
-    container = owned.run(container_config(linux=pb.LinuxContainerConfig(resources=LIMITS)))
+    container = owned.run(container_config(resources=LIMITS))
     keys = {d.name: list(d.label_keys) for d in cri.rpc("ListMetricDescriptors").descriptors}
     [entry] = [e for e in cri.rpc("ListPodSandboxMetrics").pod_metrics if e.pod_sandbox_id == owned.id]
     [part] = entry.container_metrics
