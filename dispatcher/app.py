@@ -35,6 +35,7 @@ from dispatcher.observability.health import Health, HealthServer
 from dispatcher.observability.logformat import recent_lines
 from dispatcher.observability.loop_lag import LoopProbe
 from dispatcher.observability.metrics import Metrics
+from dispatcher.observability.otel import ExporterMissing, OtlpExporter
 from dispatcher.observability.systemd import Notifier
 from dispatcher.observability.traces import TraceLog
 from dispatcher.policy import PolicyEngine, RuntimeTraits
@@ -85,6 +86,7 @@ class App:
         self._config: Config = loaded.config
         self._metrics = Metrics(program_version())
         self._report = RecoveryReport()
+        self._not_exported = ""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
@@ -98,7 +100,7 @@ class App:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(os.close, _lock_run_dir(config.run_dir))
             _make_state_dir(config.state_dir)
-            store = await Store.open(config.state_dir / "records.db")
+            store = await Store.open(config.state_dir / "records.db", on_commit=self._metrics.committed)
             stack.push_async_callback(store.aclose)
             registry = Registry.load(
                 config,
@@ -109,9 +111,9 @@ class App:
             for plugin, stage in registry.failures():
                 self._metrics.plugin_failed(plugin, stage)
             registry.refuse_newer_facts((pod.route.runtime, pod.stamp.facts_schema) for pod in store.list_pods())
-            traces = TraceLog(config.state_dir / "traces.jsonl", keep=config.tracing.keep)
+            traces = self._make_traces(stack, await _node_uuid(store))
             traces.start()
-            stack.callback(traces.close)
+            stack.push_async_callback(asyncio.to_thread, traces.close)
             policy = self._make_policy(store, registry)
             await policy.start()
             stack.push_async_callback(policy.aclose)
@@ -122,6 +124,7 @@ class App:
             stack.push_async_callback(deps.logs.aclose)
             stack.push_async_callback(deps.calls.aclose)
             self._metrics.count_records_by(lambda: _count_records(store))
+            self._metrics.read_readiness_by(lambda: _ready_states(registry))
 
             await registry.start(lambda: _leases(store))
             if cidr := store.get_setting("pod_cidr"):
@@ -149,6 +152,26 @@ class App:
             await stop.wait()
             notifier.stopping()
             log.info("stopping")
+
+    def _make_traces(self, stack: contextlib.AsyncExitStack, node_uuid: str) -> TraceLog:
+        config = self._config.tracing
+        export = None
+        if config.otlp_endpoint is not None:
+            try:
+                exporter = OtlpExporter(
+                    config.otlp_endpoint,
+                    sample_ratio=config.sample_ratio,
+                    version=program_version(),
+                    node_uuid=node_uuid,
+                )
+            except ExporterMissing as error:
+                # Pods matter more than their traces: say so, and serve.
+                log.error("traces are not sent", extra={"cause": error.message})
+                self._not_exported = error.message
+            else:
+                stack.push_async_callback(asyncio.to_thread, exporter.close)
+                export = exporter.export
+        return TraceLog(self._config.state_dir / "traces.jsonl", keep=config.keep, export=export)
 
     def _make_policy(self, store: Store, registry: Registry) -> PolicyEngine:
         return PolicyEngine(
@@ -185,7 +208,7 @@ class App:
             netns_dir=config.run_dir / "netns",
             cgroup_driver=lambda: choose_cgroup_driver(config.cgroup_driver, registry.all_health(), required()),
             overdue_runtimes=lambda: registry.overdue(required()),
-            conditions=lambda: _conditions(store, policy),
+            conditions=lambda: _conditions(store, policy, self._not_exported),
             info=lambda: self._info(store, registry, policy),
             traces=traces,
             topics={
@@ -227,7 +250,7 @@ class App:
         }
 
 
-def _conditions(store: Store, policy: PolicyEngine) -> tuple[tuple[str, bool, str, str], ...]:
+def _conditions(store: Store, policy: PolicyEngine, not_exported: str) -> tuple[tuple[str, bool, str, str], ...]:
     """What is wrong with our own files, for the node's conditions. Nothing while all is well."""
     found = []
     if not policy.status.is_in_sync:
@@ -235,6 +258,8 @@ def _conditions(store: Store, policy: PolicyEngine) -> tuple[tuple[str, bool, st
     if store.condition or store.set_aside:
         text = store.condition or f"{len(store.set_aside)} records could not be read and were set aside."
         found.append(("RecordsReadable", False, "RecordsDamaged", text))
+    if not_exported:
+        found.append(("TracesExported", False, "ExporterMissing", not_exported))
     return tuple(found)
 
 
@@ -252,6 +277,11 @@ def _count_records(store: Store) -> dict[tuple[str, str], int]:
             key = (kind, str(record.state))
             counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def _ready_states(registry: Registry) -> dict[tuple[str, str], bool]:
+    states = {("runtime", name): health.ready for name, health in registry.all_health().items()}
+    return {**states, ("network", registry.network.name): registry.network.status().ready}
 
 
 @contextlib.asynccontextmanager

@@ -140,6 +140,10 @@ class Recording:
     ) -> None:
         assert self._token is not None
         _CURRENT.reset(self._token)
+        self.finish(error)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End a recording that is no block: the call alone was timed, without steps."""
         self.tree.end(self.tree.root, error)
 
 

@@ -54,6 +54,9 @@ Handler = Callable[[Any, Deps], Awaitable[Message | bytes]]
 class Observer(Protocol):
     """Who counts RPCs; `dispatcher.observability.metrics.Metrics` is one."""
 
+    def rpc_began(self, rpc: str) -> None:
+        """A call arrived."""
+
     def rpc_finished(self, rpc: str, code: str, seconds: float) -> None:
         """A call was answered with this gRPC code."""
 
@@ -121,6 +124,7 @@ def _unary(
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message | bytes:
         began = time.monotonic()
+        observer.rpc_began(name)
         code = grpc.StatusCode.OK
         correlation_id = make_correlation_id()
         named = {field: getattr(request, field)[:64] for field in log_fields}
@@ -150,8 +154,11 @@ def _stream(
 ) -> Callable[..., AsyncIterator[Message | bytes]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Message | bytes]:
         began = time.monotonic()
+        observer.rpc_began(name)
         code = grpc.StatusCode.OK
         correlation_id = make_correlation_id()
+        recording = deps.traces.record(name, remote=_remote(context)) if deps.traces.takes_all else None
+        ended: BaseException | None = None
         try:
             async with aclosing(handler(request, deps)) as replies:  # type: ignore[type-var]
                 async for reply in replies:
@@ -160,10 +167,13 @@ def _stream(
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001 - as for unary calls
+            ended = error
             code = code_for(error)
             _log_end(name, error, code, correlation_id)
             await context.abort(code, text_for(error, correlation_id))
         finally:
+            if recording is not None:
+                recording.finish(ended)
             observer.rpc_finished(name, code.name, time.monotonic() - began)
 
     return call

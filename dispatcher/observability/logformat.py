@@ -34,7 +34,18 @@ _CONTEXT: ContextVar[Mapping[str, str]] = ContextVar("dispatcher_log_context", d
 
 # A record has these attributes anyway; everything else was handed in by `extra`.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "context", "data"}
-_QUIET = ("aiohttp.access", "docker", "urllib3", "asyncio", "watchfiles", "stevedore", "pyroute2", "websockets", "grpc")
+_QUIET = (
+    "aiohttp.access",
+    "docker",
+    "urllib3",
+    "asyncio",
+    "watchfiles",
+    "stevedore",
+    "pyroute2",
+    "websockets",
+    "grpc",
+    "opentelemetry",
+)
 
 
 _KEPT_LINES = 5000

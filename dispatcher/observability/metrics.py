@@ -35,14 +35,15 @@ _LAG: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _FAULTS: Final = frozenset({"Internal", "bug"})  # what a plugin must never raise
 
 RecordCounts = Mapping[tuple[str, str], int]  # (kind, state) -> how many, such as ("pod", "ready"): 12
+ReadyStates = Mapping[tuple[str, str], bool]  # (kind, provider), such as ("runtime", "docker"): True
 
 
 def outcome_of(error: BaseException | None) -> str:
     """Return the label for how a call ended: "ok", the class of one of our errors, or what kind of end it was."""
     if error is None:
         return "ok"
-    if isinstance(error, DispatcherError):
-        return type(error).__name__ if type(error).__module__ == DispatcherError.__module__ else "DispatcherError"
+    if isinstance(error, DispatcherError):  # a plugin's own class counts as the class of ours that it stands for
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == DispatcherError.__module__)
     if isinstance(error, asyncio.CancelledError):
         return "cancelled"
     return "timeout" if isinstance(error, TimeoutError) else "bug"
@@ -66,18 +67,30 @@ class _Bound:
         return shown
 
 
-class _Records(Collector):
-    """Counts records at the moment of the scrape: the store's memory is the truth, so nothing can drift."""
+class _AtScrape(Collector):
+    """Reads what is known in memory at the moment of the scrape, so that nothing can drift."""
 
-    def __init__(self) -> None:
-        self.read: Callable[[], RecordCounts] | None = None
+    def __init__(self, name: Callable[[str], str]) -> None:
+        self._name = name
+        self.records: Callable[[], RecordCounts] = dict
+        self.ready: Callable[[], ReadyStates] = dict
+        self.in_flight: dict[str, int] = {}
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        family = GaugeMetricFamily("dispatcher_records", "Records by kind and state.", labels=("kind", "state"))
-        if self.read is not None:
-            for (kind, state), count in sorted(self.read().items()):
-                family.add_metric((kind, state), count)
-        yield family
+        records = GaugeMetricFamily("dispatcher_records", "Records by kind and state.", labels=("kind", "state"))
+        for labels, count in sorted(self.records().items()):
+            records.add_metric(labels, count)
+        yield records
+        ready = GaugeMetricFamily(
+            "dispatcher_provider_ready", "1 when a runtime or the network can work.", labels=("kind", "provider")
+        )
+        for (kind, provider), holds in sorted(self.ready().items()):
+            ready.add_metric((kind, self._name(provider)), float(holds))
+        yield ready
+        in_flight = GaugeMetricFamily("dispatcher_rpc_in_flight", "RPCs not answered yet.", labels=("rpc",))
+        for rpc, count in sorted(self.in_flight.items()):
+            in_flight.add_metric((rpc,), count)
+        yield in_flight
 
 
 class Metrics:
@@ -87,8 +100,10 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self._records = _Records()
-        self.registry.register(self._records)
+        self._rules, self._names, self._cni_names = _Bound(200), _Bound(64), _Bound(64)
+        self._at_scrape = _AtScrape(self._names)
+        self.registry.register(self._at_scrape)
+        self._in_flight = self._at_scrape.in_flight
         Info("dispatcher", "The running version.", registry=self.registry).info({"version": version})
 
         self._rpc_seconds = self._histogram("rpc_duration_seconds", "Time to answer an RPC.", ("rpc",), _FAST)
@@ -115,7 +130,8 @@ class Metrics:
         self._policy_ok = self._gauge("policy_in_sync", "1 when the file on disk is the policy in effect.", ())
         self._recovery_seconds = self._gauge("recovery_seconds", "Time that the last recovery took.", ())
         self._recovery = self._gauge("recovery_records", "What the last recovery did.", ("kind", "outcome"))
-        self._rules, self._names, self._cni_names = _Bound(200), _Bound(64), _Bound(64)
+        self._commit_seconds = self._histogram("commit_duration_seconds", "Time until records are on disk.", (), _FAST)
+        self._commit_operations = self._counter("commit_operations", "Changes of records that were committed.", ())
         # Bound children by label, because looking them up by label costs more than the observation itself.
         self._rpc_children: dict[str, tuple[Histogram, dict[str, Counter]]] = {}
 
@@ -128,8 +144,13 @@ class Metrics:
     def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
         return Gauge(f"dispatcher_{name}", text, labels, registry=self.registry)
 
+    def rpc_began(self, rpc: str) -> None:
+        """Note that an RPC arrived; `rpc_finished` follows."""
+        self._in_flight[rpc] = self._in_flight.get(rpc, 0) + 1
+
     def rpc_finished(self, rpc: str, code: str, seconds: float) -> None:
         """Note that an RPC was answered: a method name of the contract, a status code's name such as "OK"."""
+        self._in_flight[rpc] = max(0, self._in_flight.get(rpc, 0) - 1)
         children = self._rpc_children.get(rpc)
         if children is None:
             children = self._rpc_children[rpc] = (self._rpc_seconds.labels(rpc), {})
@@ -146,7 +167,7 @@ class Metrics:
         """Note one call into a runtime or provider.
 
         Args:
-            kind: "runtime", "network", "images", "sizer" or "streaming".
+            kind: "runtime", "network", "images", "sizer", "streaming" or "hook".
             provider: its name, such as "docker".
             method: the protocol's method, such as "create_pod".
             seconds: how long it took.
@@ -189,7 +210,16 @@ class Metrics:
 
     def count_records_by(self, read: Callable[[], RecordCounts]) -> None:
         """Say where the counts of records come from; called at each scrape, so it must answer from memory."""
-        self._records.read = read
+        self._at_scrape.records = read
+
+    def read_readiness_by(self, read: Callable[[], ReadyStates]) -> None:
+        """Say where the readiness of runtimes and of the network comes from; called at each scrape, from memory."""
+        self._at_scrape.ready = read
+
+    def committed(self, seconds: float, operations: int) -> None:
+        """Note that a batch of changes is on disk."""
+        self._commit_seconds.observe(seconds)
+        self._commit_operations.inc(operations)
 
     def observe(self, what: str, value: float, labels: Mapping[str, str]) -> None:
         """Take a measurement from a plugin (`Services.observe`). Names that are not known here are ignored.

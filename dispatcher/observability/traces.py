@@ -35,7 +35,8 @@ _MAX_UNFINISHED: Final = 256
 Export = Callable[[Tree, Sequence[Span]], None]
 
 
-def _facts(span: Span) -> dict[str, Fact]:
+def plain_facts(span: Span) -> dict[str, Fact]:
+    """Return the facts of a span with secrets cut out."""
     return {key: redact_text(value) if isinstance(value, str) else value for key, value in span.facts.items()}
 
 
@@ -69,7 +70,7 @@ def as_dict(tree: Tree, spans: Sequence[Span]) -> dict[str, Any]:
         if span.error:
             described["error"] = redact_text(span.error)
         if span.facts:
-            described["facts"] = _facts(span)
+            described["facts"] = plain_facts(span)
         steps.append(described)
     is_running = not tree.closed
     return {
@@ -78,7 +79,7 @@ def as_dict(tree: Tree, spans: Sequence[Span]) -> dict[str, Any]:
         "duration_ms": _ms(now_ns if is_running else max(span.ended_ns for span in spans)),
         "state": "running" if is_running else ("failed" if root.error else "ok"),
         "error": redact_text(root.error),
-        "facts": _facts(root),
+        "facts": plain_facts(root),
         "steps": steps,
         "dropped": tree.dropped,
     }

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from dispatcher.transitions import ContainerEvent, PodEvent, next_container_stat
 Record: TypeAlias = PodRecord | ContainerRecord
 Subscriber: TypeAlias = Callable[[Record | None, Record | None], None]
 Key: TypeAlias = tuple[str, str]
+OnCommit: TypeAlias = Callable[[float, int], None]
 
 _log = logging.getLogger(__name__)
 _FIXED = frozenset({"id", "version", "schema", "state", "spec", "pod_id", "created_at_ns", "fingerprint"})
@@ -113,8 +115,9 @@ class Store:
     `set_aside` lists rows that could not be read, `condition` is a sentence when the file was damaged ("" else).
     """
 
-    def __init__(self, database: Database, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, database: Database, executor: ThreadPoolExecutor, on_commit: OnCommit) -> None:
         self._database = database
+        self._on_commit = on_commit
         self._executor = executor
         self._pods: _Table[PodRecord] = _Table("pod", "pod sandbox", POD_CODEC, lambda record: record.spec.metadata)
         self._containers: _Table[ContainerRecord] = _Table(
@@ -133,8 +136,16 @@ class Store:
 
     # ----------------------------------------------------------------------------------------------- open and close
     @classmethod
-    async def open(cls, path: Path | str | None, *, migrations: Sequence[Migration] = MIGRATIONS) -> Store:
+    async def open(
+        cls,
+        path: Path | str | None,
+        *,
+        migrations: Sequence[Migration] = MIGRATIONS,
+        on_commit: OnCommit = lambda _seconds, _operations: None,
+    ) -> Store:
         """Open or make the database file and read everything. `path` of None keeps all in memory, for tests.
+
+        `on_commit(seconds, operations)` hears of each batch that is on disk.
 
         Raises:
             StoreUnusableError: in use by another daemon, newer than this version, damaged beyond reading, or not
@@ -145,7 +156,7 @@ class Store:
         try:
             file = Path(path) if path is not None else None
             database = await loop.run_in_executor(executor, lambda: Database(file, migrations))
-            store = cls(database, executor)
+            store = cls(database, executor, on_commit)
             try:
                 await store._load()
             except BaseException:
@@ -424,11 +435,13 @@ class Store:
         while self._queue:
             batch, self._queue = self._queue, []
             operations = [operation for write in batch for operation in write.operations]
+            began = time.perf_counter()
             try:
                 await loop.run_in_executor(self._executor, self._database.commit, operations)
             except Exception as error:  # noqa: BLE001 - handed to every caller that waits
                 await self._fail(batch, error)
                 continue
+            self._on_commit(time.perf_counter() - began, len(operations))
             for write in batch:
                 self._settle(write)
             for write in batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,8 +15,9 @@ import pytest
 
 from dispatcher.app import App
 from dispatcher.config import parse_config
-from dispatcher.cri.client import CriClient
+from dispatcher.cri.client import CallFailed, CriClient
 from dispatcher.testing import FakeImages, FakePlugin, FakeRuntime, FakeSizer, FakeStreaming
+from tests.lab.otlp import Receiver
 
 FAKES = Path(__file__).parents[2] / "plugins"
 
@@ -134,6 +136,44 @@ async def test_the_stream_provider_is_swapped_by_one_line(serve: Serve, name: st
         process = await streaming.open(reply.url)
         assert [bytes(data) async for _, data in process.output()] == [b"hello\n"]
         assert await process.wait() == 0
+        await remove_pod(client, pod)
+
+
+async def test_calls_of_all_kinds_reach_a_collector_below_the_client_s_own_span(serve: Serve) -> None:
+    receiver = Receiver()
+    try:
+        async with serve(providers() + f"tracing: {{otlp_endpoint: {receiver.endpoint}}}\n") as client:
+            kubelet = (("traceparent", f"00-{'ab' * 16}-{'cd' * 8}-01"),)
+            await client.call("Version", metadata=kubelet)
+            pod, _ = await run_pod(client)
+            await remove_pod(client, pod)
+            assert [item async for item in client.stream("StreamImages")]
+    finally:
+        receiver.close()
+    spans = {span.name: span for span in receiver.spans}
+    called = {"Version", "PullImage", "RunPodSandbox", "CreateContainer", "StartContainer", "StreamImages"}
+    assert called | {"StopPodSandbox", "RemovePodSandbox"} <= set(spans)
+    assert {"netns.ensure", "network.add", "runtime.create_pod", "images.pull"} <= set(spans)
+    assert spans["Version"].trace_id == bytes.fromhex("ab" * 16)
+    assert spans["network.add"].trace_id == spans["RunPodSandbox"].trace_id
+
+
+async def test_a_start_is_told_to_our_own_commands_only(serve: Serve) -> None:
+    async with serve(providers()) as client:
+        pod, container = await run_pod(client)
+        assert "traces" not in (await client.call("Status", verbose=True)).info
+        reply = await client.call("Status", metadata=(("dispatcher-topic", "traces"),))
+        calls = json.loads(reply.info["traces"])
+        assert [call["call"] for call in calls] == [
+            "PullImage",
+            "RunPodSandbox",
+            "CreateContainer",
+            "StartContainer",
+        ]
+        assert calls[1]["facts"]["pod_id"] == pod
+        assert calls[3]["facts"]["container_id"] == container
+        with pytest.raises(CallFailed, match="logs, metrics"):
+            await client.call("Status", metadata=(("dispatcher-topic", "nonsense"),))
         await remove_pod(client, pod)
 
 

@@ -21,4 +21,6 @@ def test_the_page_and_the_program_agree() -> None:
             there[name + suffix] = set(getattr(metric, "_labelnames", ()))
     there["dispatcher_info"] = {"version"}
     there["dispatcher_records"] = {"kind", "state"}
+    there["dispatcher_provider_ready"] = {"kind", "provider"}
+    there["dispatcher_rpc_in_flight"] = {"rpc"}
     assert told == there

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher.errors import Internal, NetworkFailed, PullFailed
 from dispatcher.observability import Health, HealthServer, LoopProbe, Metrics, Notifier
+from dispatcher.observability.metrics import outcome_of
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -45,6 +47,46 @@ def test_hostile_labels_do_not_grow_the_exposition() -> None:
     assert sample(
         metrics, "dispatcher_route_decisions_total", rule="other", runtime="other", phase="pod", outcome="routed"
     )
+
+
+def test_names_and_units_are_those_of_the_field() -> None:
+    """Base units, `_total` on what only rises, a sentence of help: what a dashboard's author expects."""
+    metrics = Metrics("1")
+    metrics.count_records_by(lambda: {("pod", "ready"): 1})
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        if not family.name.startswith("dispatcher"):
+            continue
+        assert family.documentation.endswith("."), family.name
+        assert re.fullmatch(r"dispatcher(_[a-z]+)+", family.name)
+        assert not re.search(r"_(ms|milliseconds|us|minutes|kb|mb|kib|mib|percent)(_|$)", family.name)
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        if family.type == "counter":
+            assert all(item.name.endswith(("_total", "_created")) for item in family.samples)
+
+
+def test_a_plugin_s_own_error_counts_as_the_class_it_stands_for() -> None:
+    class PluginFailed(NetworkFailed):
+        pass
+
+    assert outcome_of(PluginFailed("x")) == "NetworkFailed"
+    assert outcome_of(PullFailed("x")) == "PullFailed"
+    assert outcome_of(ValueError()) == "bug"
+    assert outcome_of(asyncio.CancelledError()) == "cancelled"
+    assert outcome_of(None) == "ok"
+
+
+def test_calls_in_flight_and_readiness_are_read_at_the_scrape() -> None:
+    metrics = Metrics("1")
+    metrics.rpc_began("Version")
+    metrics.rpc_began("Version")
+    metrics.rpc_finished("Version", "OK", 0.1)
+    assert sample(metrics, "dispatcher_rpc_in_flight", rpc="Version") == 1
+    states = {("runtime", "docker"): True}
+    metrics.read_readiness_by(lambda: states)
+    assert sample(metrics, "dispatcher_provider_ready", kind="runtime", provider="docker") == 1
+    states["runtime", "docker"] = False
+    assert sample(metrics, "dispatcher_provider_ready", kind="runtime", provider="docker") == 0
 
 
 def test_records_are_read_at_the_scrape() -> None:
