@@ -22,6 +22,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("status", "status", "show whether the node can run pods, and why not"),
     ("ps", "ps", "list pods or containers with their real state and route"),
     ("explain", "explain", "show which runtime a pod goes to, and why"),
+    ("top", "top", "show what pods and containers use now"),
     ("trace", "trace", "show where the time of a pod's start went"),
     ("plugins", "plugins", "list plugins, what they offer and what failed"),
     ("config", "config_check", "check configuration files without a daemon"),
