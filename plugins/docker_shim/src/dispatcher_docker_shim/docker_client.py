@@ -255,8 +255,13 @@ class DockerClient:
 
 
 def _adapter(path: str, deadline_s: float, connections: int) -> Any:
-    """The SDK's transport, but for one fault: it leaves a socket open for each connection that is refused."""
-    from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection
+    """The SDK's transport, but for two faults.
+
+    It leaves a socket open for each connection that is refused. And it keeps a pool of connections for each address
+    that is asked, a few at a time: the next address closes a pool that a call in another thread is about to use, which
+    then fails as if the engine were gone. Here all addresses share one pool, which also uses connections again.
+    """
+    from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 
     class Connection(UnixHTTPConnection):  # type: ignore[misc]
         def connect(self) -> None:
@@ -269,10 +274,21 @@ def _adapter(path: str, deadline_s: float, connections: int) -> Any:
                 raise
             self.sock = made
 
-    class Adapter(UnixHTTPAdapter):  # type: ignore[misc]
-        def get_connection(self, url: str, proxies: Any = None) -> Any:
-            pool = super().get_connection(url, proxies)
-            pool._new_conn = lambda: Connection(url, path, deadline_s)  # noqa: SLF001  the SDK offers no other seam
-            return pool
+    class Pool(UnixHTTPConnectionPool):  # type: ignore[misc]
+        def _new_conn(self) -> Any:
+            return Connection(self.base_url, path, deadline_s)
 
-    return Adapter(f"http+unix://{path}", deadline_s, pool_connections=2, max_pool_size=connections)
+    class Adapter(UnixHTTPAdapter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(f"http+unix://{path}", deadline_s, max_pool_size=connections)
+            self._pool = Pool("http+docker://localhost", path, deadline_s, maxsize=connections)
+
+        def get_connection(self, url: str, proxies: Any = None) -> Any:
+            del url, proxies
+            return self._pool
+
+        def close(self) -> None:
+            super().close()
+            self._pool.close()
+
+    return Adapter()
