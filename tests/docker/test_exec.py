@@ -113,6 +113,51 @@ async def test_kill_takes_the_whole_tree(world: World, busybox: str) -> None:
     await world.remove_pod(pod)
 
 
+async def test_what_was_written_before_the_exit_is_kept_for_a_slow_reader(world: World, busybox: str) -> None:
+    """The engine forgets it two seconds after the exit; its reader comes later."""
+    pod, container = await sleeper(world, busybox)
+    script = "head -c 1000000 /dev/zero; head -c 60000 /dev/zero >&2; printf end; exit 9"
+    process = await world.runtime.exec(container, ExecSpec(command=("sh", "-c", script)))
+    async with asyncio.timeout(DEADLINE_S):
+        assert await process.wait() == 9
+    await asyncio.sleep(8)
+    code, out, err = await finish(process)
+    assert (code, len(out), out[-4:], len(err)) == (9, 1000003, b"\0end", 60000)
+    await world.remove_pod(pod)
+
+
+async def test_the_end_of_a_terminals_input_does_not_end_its_output(world: World, busybox: str) -> None:
+    """A terminal has no half-close: the command goes on, and is heard."""
+    pod, container = await sleeper(world, busybox)
+    process = await world.runtime.exec(container, ExecSpec(command=("sh",), tty=True, stdin=True))
+    await process.write_stdin(b"sleep 1; echo still he''re; exit 6\n")
+    await process.close_stdin()
+    code, out, _ = await finish(process)
+    assert code == 6
+    assert b"still here" in out
+    await world.remove_pod(pod)
+
+
+async def test_the_end_of_an_attachments_input_is_the_processs_only_with_stdin_once(world: World, busybox: str) -> None:
+    pod = await world.make_pod()
+    script = "while read line; do echo got $line; done; echo over; exit 5"
+    container = await world.run(pod, busybox, container_spec("sh", "-c", script, stdin=True))
+    first = await world.runtime.attach(container, stdin=True, stdout=True, stderr=True)
+    await first.write_stdin(b"one\n")
+    await first.close_stdin()
+    second = await world.runtime.attach(container, stdin=True, stdout=True, stderr=True)
+    output = first.output()
+    async with asyncio.timeout(DEADLINE_S):
+        assert await anext(output) == ("stdout", b"got one\n")
+        await second.write_stdin(b"two\n")
+        assert await anext(output) == ("stdout", b"got two\n")
+    assert (await world.facts(container)).liveness is Liveness.RUNNING
+    for process in (first, second):
+        await process.kill()
+        await process.aclose()
+    await world.remove_pod(pod)
+
+
 async def test_a_daemon_that_holds_the_pipe_does_not_hold_the_exec(world: World, busybox: str) -> None:
     """Output ends a bounded time after the process ended, though a child keeps the pipe open."""
     pod, container = await sleeper(world, busybox)

@@ -1,13 +1,17 @@
-"""A blocking client of streaming URLs, as kubectl is behind a kubelet: SPDY/3.1 with remotecommand v4 or port-forward.
+"""Blocking clients of streaming URLs, as kubectl is behind a kubelet: SPDY/3.1 with remotecommand v4 or port-forward,
+and WebSocket with remotecommand v5.
 
-The framing is the product's own, run as the other side; the transcripts of foreign clients are tested elsewhere.
+SPDY's framing is the product's own, run as the other side; the transcripts of foreign clients are tested elsewhere.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -74,6 +78,35 @@ class SpdySession:
         """Send bytes, and the end with `fin`."""
         self._socket.sendall(self._spdy.send(stream, data, fin=fin))
 
+    def feed(self, stream: int, blocks: Iterable[bytes]) -> threading.Thread:
+        """Send blocks and the end from a thread of its own, while this one reads. Ends early where the server does."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                for block in blocks:
+                    self.send(stream, block)
+                self.send(stream, b"", fin=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    def raw(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self._socket.sendall(data)
+
+    def opening(self, headers: Mapping[str, str]) -> bytes:
+        """The bytes that open a stream whose answer is not waited for."""
+        stream, data = self._spdy.open(headers, fin=True)
+        self._data[stream] = bytearray()
+        return data
+
+    def break_off(self) -> None:
+        """Go away without a word, as a client that is killed: a thread that sends must not keep the socket open."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
     def read_until(self, stream: int, wanted: bytes) -> bytes:
         """Wait until a stream has brought some bytes; returns all that it brought so far."""
         while wanted not in self._data[stream]:
@@ -112,9 +145,16 @@ class RemoteCommand(SpdySession):
     """exec or attach: `stdin`, `stdout`, `stderr` are stream ids, absent ones are -1."""
 
     def __init__(
-        self, url: str, *, stdin: bool = False, stdout: bool = True, stderr: bool = True, tty: bool = False
+        self,
+        url: str,
+        *,
+        stdin: bool = False,
+        stdout: bool = True,
+        stderr: bool = True,
+        tty: bool = False,
+        timeout_s: float = 20,
     ) -> None:
-        super().__init__(url, "v4.channel.k8s.io")
+        super().__init__(url, "v4.channel.k8s.io", timeout_s=timeout_s)
         self.error = self.open({"streamtype": "error"})
         self.stdin = self.open({"streamtype": "stdin"}) if stdin else -1
         self.stdout = self.open({"streamtype": "stdout"}) if stdout else -1
@@ -129,6 +169,49 @@ class RemoteCommand(SpdySession):
         """Wait for the end; returns the status that the error stream brought."""
         found: Mapping[str, Any] = json.loads(self.read_all(self.error))
         return found
+
+
+def run_websocket_command(
+    url: str, blocks: Iterable[bytes], *, timeout_s: float = 50
+) -> tuple[Mapping[str, Any], bytes]:
+    """exec or attach over WebSocket v5: send blocks and the end of input while reading, until the server closes.
+
+    Returns:
+        The status that the error channel brought, and all of stdout.
+    """
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import ConnectionClosed
+    from websockets.typing import Subprotocol
+
+    received: dict[int, bytearray] = {channel: bytearray() for channel in range(5)}
+
+    async def run() -> None:
+        address = "ws" + url.removeprefix("http")
+        async with (
+            asyncio.timeout(timeout_s),
+            connect(
+                address,
+                subprotocols=[Subprotocol("v5.channel.k8s.io")],
+                max_size=None,
+                compression=None,
+                proxy=None,
+            ) as session,
+        ):
+
+            async def feed() -> None:
+                with contextlib.suppress(ConnectionClosed):
+                    for block in blocks:
+                        await session.send(b"\0" + block)
+                    await session.send(b"\xff\0")
+
+            feeding = asyncio.create_task(feed())
+            async for message in session:
+                assert isinstance(message, bytes)
+                received[message[0]] += message[1:]
+            await feeding
+
+    asyncio.run(run())
+    return json.loads(received[3]), bytes(received[1])
 
 
 class Forwarding(SpdySession):

@@ -179,6 +179,8 @@ def test_an_end_of_input_may_be_told_again() -> None:
     assert [websocket.receive(b"\xff\0") for _ in range(2)] == [[remotecommand.StdinEnd()]] * 2
     assert websocket.receive(b"\xff\1") == []
     assert remotecommand.WebSocketCommand(EXEC, "v4.channel.k8s.io").receive(b"\xff\0") == []
+    deaf = ExecStream(container_id=make_container_id(), stdout=True)
+    assert remotecommand.WebSocketCommand(deaf, "v5.channel.k8s.io").receive(b"\xff\0") == []
 
 
 def test_what_is_refused_does_not_depend_on_cuts() -> None:

@@ -278,7 +278,7 @@ class WebSocketCommand:
             return [StdinData(data)] if data else []
         if channel == CHANNELS["resize"]:
             return list(self._resize.feed(data))
-        if channel == _CLOSE and self.version >= 5 and data[:1] == b"\x00":
+        if channel == _CLOSE and self.version >= 5 and self.request.stdin and data[:1] == b"\x00":
             return [StdinEnd()]
         return []
 
