@@ -124,14 +124,17 @@ class LogPump:
                     await asyncio.sleep(_RETRY_S)
 
     async def _checkpoint_if_due(self) -> None:
-        if self._file is not None and self._skip == 0 and self._file.size - self._base.offset >= CHECKPOINT_BYTES:
+        written = self._seq - self._base.seq if self._file is None else self._file.size - self._base.offset
+        if self._skip == 0 and written >= CHECKPOINT_BYTES:
             await self._checkpoint()
 
     async def _checkpoint(self) -> None:
-        assert self._file is not None
         if self._skip:
             return  # still replaying: the old checkpoint is the true one
-        base = LogCheckpoint(seq=self._seq, inode=self._file.inode, offset=self._file.size)
+        if self._file is None:
+            base = LogCheckpoint(seq=self._seq)
+        else:
+            base = LogCheckpoint(seq=self._seq, inode=self._file.inode, offset=self._file.size)
         await self._commit(self._container.id, base)
         self._base = base
         if isinstance(self._runtime, CanTrimOutput) and base.seq:

@@ -149,12 +149,12 @@ def test_capabilities(wanted: Capabilities, has: set[str], lacks: set[str]) -> N
     assert set(built.spec["process"]["capabilities"]["bounding"]) == built.capabilities
 
 
-def test_user_namespaces_are_made_in_the_guest() -> None:
+def test_a_user_namespace_belongs_to_the_pod_and_owns_what_it_shares() -> None:
     mapping = (IdMapping(host_id=65536, container_id=0, length=65536),)
     spaces = NamespaceOptions(user=UserNamespace(mode=NamespaceMode.POD, uids=mapping, gids=mapping))
-    linux = build(container(security=ContainerSecurity(namespaces=spaces))).spec["linux"]
-    assert {"type": "user"} in linux["namespaces"]
-    assert linux["uidMappings"] == [{"containerID": 0, "hostID": 65536, "size": 65536}]
+    owner = pod(security=PodSecurity(namespaces=spaces))
+    namespaces = build(container(owner)).spec["linux"]["namespaces"]
+    assert {row["type"] for row in namespaces if row.get("path") == "pod"} == {"pid", "user", "ipc", "uts"}
 
 
 def test_a_mount_of_its_own_replaces_the_standard_one() -> None:

@@ -165,6 +165,24 @@ async def test_crash_between_rename_and_reopen_goes_on_in_the_renamed_file(tmp_p
     assert rotated.read_bytes() == expected(buffer)
 
 
+async def test_a_buffer_is_freed_also_where_no_log_was_asked_for(tmp_path: Path) -> None:
+    """A small buffer would fill up, and block the container, although nobody wants to read what it holds."""
+
+    class Small(Buffer):
+        freed = 0
+
+        async def trim_output(self, container: ContainerRef, seq: int) -> None:
+            self.freed = seq
+
+    chunks = [OutputChunk(stream=Stream.STDOUT, time_ns=0, seq=(number + 1) << 18, data=b"") for number in range(9)]
+    buffer, record = Small([]), Record()
+    buffer.chunks = chunks
+    nameless = reference(tmp_path, path="")
+    await LogPump(cast("Runtime", buffer), nameless, record.checkpoint, record.commit).run()
+    assert buffer.freed == record.checkpoint.seq == 8 << 18
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_in_the_place_of_the_log_is_refused(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("untouched")

@@ -106,7 +106,7 @@ def plan_mount(
             image_id=mount.image.image_id,
             sub_path=mount.image.sub_path,
             readonly=True,
-            bind=_bind(mount, f"/run/pod/img/{name}"),
+            bind=_bind(mount, guest_source(Way.IMAGE, name)),
         )
     if found is None:
         raise InvalidRequest(f"host path {mount.host_path!r} of mount {mount.container_path} does not exist")
@@ -131,7 +131,7 @@ def guest_source(way: Way, name: str) -> str:
         Way.REPORT: "files",
         Way.EMPTY_DIR: "vol",
         Way.MEMORY: "vol",
-        Way.IMAGE: "img",
+        Way.IMAGE: "vol",
         Way.SHARE: "share",
     }[way]
     return f"/run/pod/{folder}/{name}"

@@ -3,7 +3,8 @@
 What needs a look at the host or the image was resolved before and arrives in `Resolved`. The configuration is that of
 the OCI runtime specification, with these conventions between host and agent:
 
-* a namespace's `path` is a symbol, not a file: "pod:pid", "pod:ipc", "pod:uts", or "container:ID:pid";
+* a namespace's `path` is a symbol, not a file: "pod", or "container:ID"; one that is absent is the guest's own, which all
+  containers of the pod share;
 * sources of bind mounts are paths in the guest, made by `guest_paths` and never by a user;
 * the network namespace is never named: the guest has one, the pod's;
 * bytes that are not UTF-8 travel as lone surrogates (Python's surrogateescape);
@@ -141,7 +142,6 @@ def build_container(container: ContainerRef, resolved: Resolved) -> Built:
         "devices": devices,
         "rootfsPropagation": "private",
         **_paths(container),
-        **_user_namespace(container),
     }
     spec = {
         "ociVersion": "1.1.0",
@@ -217,30 +217,20 @@ def _namespaces(container: ContainerRef) -> list[dict[str, str]]:
     if spaces.pid is NamespaceMode.NODE:
         raise NotSupported(f"hostPID cannot be had in a virtual machine; {_HOST_ADVICE}")
     if spaces.pid is NamespaceMode.POD:
-        pid["path"] = "pod:pid"
+        pid["path"] = "pod"
     elif spaces.pid is NamespaceMode.TARGET:
         if not re.fullmatch(r"[0-9a-f]{64}", spaces.target_id):
             raise InvalidRequest("a target PID namespace needs the id of the target container")
-        pid["path"] = f"container:{spaces.target_id}:pid"
-    user = [{"type": "user"}] if _has_user_namespace(container) else []
-    shared = [{"type": "ipc", "path": "pod:ipc"}, {"type": "uts", "path": "pod:uts"}]
-    return [pid, *shared, {"type": "mount"}, {"type": "cgroup"}, *user]
+        pid["path"] = f"container:{spaces.target_id}"
+    # A user namespace belongs to the pod, in the guest, and owns what its containers share.
+    own = ("user", "ipc", "uts") if has_user_namespace(container.pod.spec) else ()
+    return [pid, {"type": "mount"}, {"type": "cgroup"}, *({"type": kind, "path": "pod"} for kind in own)]
 
 
-def _has_user_namespace(container: ContainerRef) -> bool:
-    wanted = container.spec.security.namespaces.user
+def has_user_namespace(pod: PodSpec) -> bool:
+    """True where the pod's containers run in a user namespace of their own."""
+    wanted = pod.security.namespaces.user
     return wanted is not None and wanted.mode is NamespaceMode.POD
-
-
-def _user_namespace(container: ContainerRef) -> dict[str, Any]:
-    """The mappings, inside the guest: the guest's ids stand for the host's."""
-    wanted = container.spec.security.namespaces.user
-    if wanted is None or wanted.mode is not NamespaceMode.POD:
-        return {}
-    return {
-        key: [{"containerID": m.container_id, "hostID": m.host_id, "size": m.length} for m in mappings]
-        for key, mappings in (("uidMappings", wanted.uids), ("gidMappings", wanted.gids))
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- process
