@@ -72,6 +72,7 @@ class Deps:
             spec=pod.spec,
             facts=pod.facts,
             attachment=pod.attachment,
+            netns_path=pod.plan.netns_path if pod.plan is not None else "",
             options=pod.route.options,
             state_dir=str(self.state_dir(pod.id)),
         )

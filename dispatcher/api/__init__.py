@@ -59,7 +59,13 @@ from dispatcher.cgroups import (
     read_usage,
 )
 from dispatcher.effects import effect
-from dispatcher.netns import ensure_namespace, find_namespace_inode, remove_namespace, run_in_namespace
+from dispatcher.netns import (
+    ensure_namespace,
+    find_namespace_inode,
+    make_net_sysctls,
+    remove_namespace,
+    run_in_namespace,
+)
 from dispatcher.spans import annotate, step
 
 __all__ = [
@@ -111,6 +117,7 @@ __all__ = [
     "find_namespace_inode",
     "hookimpl",
     "hookspec",
+    "make_net_sysctls",
     "parse_membership",
     "read_processes",
     "read_usage",

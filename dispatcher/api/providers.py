@@ -197,6 +197,8 @@ class VmSize:
     cpu_period_us: int
     charge: str  # "pod" (a leaf of the pod's cgroup) | "outside" (a sibling, charged to the node reserve)
     charge_limit_bytes: int | None
+    cpu_weight: int | None = None  # of cgroup v2, 1 to 10000; None: as the kernel has it
+    oom_score_adj: int = 0  # of the machine monitor
     notes: tuple[str, ...] = ()
 
 

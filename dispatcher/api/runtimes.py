@@ -78,6 +78,7 @@ class PodRef:
     spec: PodSpec
     facts: Facts = field(default_factory=dict)
     attachment: Attachment | None = None
+    netns_path: str = ""  # the pod's network namespace, which exists from `prepare_pod` on; "": the host's network
     options: Mapping[str, Any] = field(default_factory=dict)  # the `with:` values of the rule that chose this runtime
     state_dir: str = ""  # this pod's folder, 0700, made by the core, removed by it after `remove_pod`
 

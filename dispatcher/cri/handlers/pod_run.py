@@ -126,6 +126,8 @@ async def _record_and_act(record: PodRecord, sysctls: tuple[NetSysctl, ...], dep
 
 async def _act(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) -> PodRecord:
     runtime = deps.runtime_of(record)
+    if record.plan is not None:
+        await ensure_namespace(deps.netns_path(record.id))
     prepared = None
     if isinstance(runtime, CanPrepare):
         prepared = asyncio.ensure_future(runtime.prepare_pod(deps.pod_ref(record)))
@@ -154,10 +156,8 @@ async def _act(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) ->
 async def _attach(record: PodRecord, sysctls: tuple[NetSysctl, ...], deps: Deps) -> Attachment | None:
     if record.plan is None:
         return None
-    path = deps.netns_path(record.id)
-    await ensure_namespace(path)
     attachment = await deps.network.add(record.plan)
-    await apply_sysctls(path, sysctls)
+    await apply_sysctls(deps.netns_path(record.id), sysctls)
     return attachment
 
 

@@ -120,12 +120,14 @@ def plan_mount(
         host=found,
         readonly=mount.readonly,
         slave=mount.propagation is Propagation.HOST_TO_CONTAINER,
-        bind=_bind(mount, guest_source(way, name)),
+        bind=_bind(mount, guest_source(way, name, found.kind)),
     )
 
 
-def guest_source(way: Way, name: str) -> str:
-    """The path in the guest of a source."""
+def guest_source(way: Way, name: str, kind: Kind = Kind.FOLDER) -> str:
+    """The path in the guest of a source. A single file that is copied lies in a folder of its own, as "file"."""
+    if way in {Way.FILES, Way.REPORT} and kind is Kind.FILE:
+        return f"/run/pod/files/{name}/file"
     folder = {
         Way.FILES: "files",
         Way.REPORT: "files",

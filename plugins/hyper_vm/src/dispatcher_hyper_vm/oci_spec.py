@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from dispatcher.api import ContainerRef, ExecSpec
+from dispatcher.api import ContainerRef, ExecSpec, make_net_sysctls
 from dispatcher.api.containers import capability_names, checked_paths, command_line, environment
 from dispatcher.errors import InvalidRequest, NotSupported
 from dispatcher.model import (
@@ -78,6 +78,11 @@ _UNIFIED: Final = frozenset(
     )
 )
 _UNIFIED_VALUE: Final = re.compile(r"(max|[0-9]{1,20})( [0-9]{1,20})?")
+_IPC_SYSCTLS: Final = frozenset(
+    f"kernel.{name}" for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+)
+_SYSCTL: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+){1,4}")
+_SYSCTL_VALUE: Final = re.compile(r"[0-9]{1,20}([ \t]+[0-9]{1,20}){0,3}")
 _HOST_ADVICE: Final = (
     'route such pods to a runtime that shares the node\'s kernel: "runtime: docker" in the policy file'
 )
@@ -207,6 +212,27 @@ def check_pod(pod: PodSpec) -> None:
     for asked, name in ((spaces.network, "hostNetwork"), (spaces.pid, "hostPID"), (spaces.ipc, "hostIPC")):
         if asked is NamespaceMode.NODE:
             raise NotSupported(f"{name} cannot be had in a virtual machine; {_HOST_ADVICE}")
+
+
+def guest_sysctls(sysctls: Mapping[str, str]) -> dict[str, str]:
+    """The pod's sysctls that the guest's kernel keeps per namespace; `net.*` among them, since the stack is there.
+
+    Whether a pod may set an unsafe one was the kubelet's decision.
+
+    Raises:
+        InvalidRequest: a name or value that cannot be one.
+        NotSupported: one that is not a namespace's.
+    """
+    chosen = {item.name: item.value for item in make_net_sysctls(sysctls)}
+    for name, value in sysctls.items():
+        if name in chosen or name.startswith(("net.", "net/")):
+            continue
+        if not (name in _IPC_SYSCTLS or name.startswith("fs.mqueue.")) or not _SYSCTL.fullmatch(name):
+            raise NotSupported(f"the sysctl {name[:100]!r} is not one that a pod has for itself")
+        if not _SYSCTL_VALUE.fullmatch(value):
+            raise InvalidRequest(f"{value[:100]!r} is not a value for the sysctl {name}")
+        chosen[name] = value
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------- namespaces

@@ -32,6 +32,7 @@ class VmSizer:
                 resources=pod.resources,
                 overhead=pod.overhead,
                 cgroup=read_pod_limits(self._config.cgroup_root, pod.cgroup_parent),
+                cgroup_parent=pod.cgroup_parent,
                 node_memory_bytes=self._node_memory_bytes,
                 runtime_handler=pod.runtime_handler,
             ),

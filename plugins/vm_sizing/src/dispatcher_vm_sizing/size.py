@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from dispatcher.api import VmSize
 from dispatcher.errors import OutOfResources
 from dispatcher.model import Resources
+from dispatcher_vm_sizing import qos
 from dispatcher_vm_sizing.cgroup import DEFAULT_PERIOD_US, UNLIMITED_BYTES, CgroupLimits
 from dispatcher_vm_sizing.config import MIB, Charge, SizingConfig
 
@@ -40,6 +41,7 @@ class Ask:
     overhead: Resources | None = None
     cgroup: CgroupLimits | None = None
     node_memory_bytes: int
+    cgroup_parent: str = ""
     runtime_handler: str = ""
 
 
@@ -85,6 +87,8 @@ def decide_size(ask: Ask, config: SizingConfig) -> VmSize:
         cpu_period_us=period,
         charge=charge,
         charge_limit_bytes=charge_limit,
+        cpu_weight=qos.cpu_weight(qos.read_class(ask.cgroup_parent), ask.resources),
+        oom_score_adj=qos.oom_score_adj(qos.read_class(ask.cgroup_parent), memory.payload, ask.node_memory_bytes),
         notes=(*cpu_notes, *memory.notes),
     )
 
