@@ -270,7 +270,7 @@ def _log_path(path: str) -> str:
 
 
 def _cgroup_parent(path: str) -> str:
-    if ".." in path.split("/") or not _CGROUP_PATH.fullmatch(path) or len(path) > 4096:
+    if ".." in path or not _CGROUP_PATH.fullmatch(path) or len(path) > 4096:
         raise _refuse("cgroup_parent is not a cgroup path.")
     return path
 
