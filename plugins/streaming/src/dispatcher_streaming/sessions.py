@@ -25,7 +25,7 @@ CHUNK = 32 * 1024  # as large as a Go client's own copies
 STDIN_WINDOW = 256 * 1024
 CREATE_S = 30.0  # for the streams of a session to stand
 QUIET_S = 5.0  # without a byte behind an exit: a child may hold the pipe for ever
-RESIZE_S = 0.05  # between two sizes of a terminal, each a call into the runtime
+RESIZE_S = 0.2  # between two sizes of a terminal, each a call into the runtime
 
 Start = Callable[[], Awaitable[Process]]
 
