@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/sys/fs/cgroup")
@@ -35,10 +36,17 @@ class CgroupFolders:
 def find_cgroup_of_process(pid: int, root: Path = ROOT) -> CgroupFolders | None:
     """The cgroup of a process, or None where it is gone or its cgroups are not visible here."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
+            text = file.read()
     except OSError:
         return None
-    return parse_membership(lines, root)
+    return _parse(text, root)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: bytes, root: Path) -> CgroupFolders | None:
+    """The membership of a process hardly ever changes, and is asked for again and again."""
+    return parse_membership(text.decode("utf-8", "surrogateescape").splitlines(), root)
 
 
 def parse_membership(lines: Iterable[str], root: Path = ROOT) -> CgroupFolders | None:

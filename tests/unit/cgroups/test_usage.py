@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +198,12 @@ def test_a_cgroup_that_goes_away_is_not_measured(tmp_path: Path, files: dict[str
     for name in files:
         (tmp_path / name).unlink()
     assert read_usage(where, detailed=True) is None
+
+
+def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
+    """A container that may make cgroups chooses their names, and no client can be told a lone surrogate."""
+    where = replace(plant(tmp_path, V2), name="/pod/\udcff")
+    assert read(where).cgroup == "/pod/?"
 
 
 def test_pressure_that_is_switched_off_is_none() -> None:
