@@ -51,6 +51,14 @@ def is_shown(container: ContainerRecord) -> bool:
     return container.state is not ContainerState.CREATING
 
 
+def newest_first(containers: Iterable[ContainerRecord]) -> list[ContainerRecord]:
+    """The containers of a pod that are shown, in the order in which a pod's status tells of them.
+
+    A kubelet with evented PLEG takes the first of a name for the present attempt, and would make that anew otherwise.
+    """
+    return sorted(filter(is_shown, containers), key=lambda container: container.created_at_ns, reverse=True)
+
+
 def pod_state(record: PodRecord) -> pb.PodSandboxState:
     """CRI knows two states of a sandbox; the real one is in the verbose info."""
     return pb.SANDBOX_READY if record.state is PodState.READY else pb.SANDBOX_NOTREADY

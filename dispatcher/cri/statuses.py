@@ -47,7 +47,7 @@ class Statuses:
         """Answer from memory, with the containers' statuses and the moment, as evented PLEG wants them."""
         record = get_pod(request.pod_sandbox_id, deps)
 
-        containers = [c for c in deps.store.list_containers(record.id) if convert.is_shown(c)]
+        containers = convert.newest_first(deps.store.list_containers(record.id))
         info = pod_info(record, deps) if request.verbose else None
         rest = pb.PodSandboxStatusResponse(timestamp=deps.now_ns(), info=info).SerializeToString()
         return self._pods.join([record]) + self._in_pods.join(containers) + rest

@@ -89,3 +89,20 @@ def test_streamed_lists_hold_what_the_lists_hold(cri: CriClient) -> None:
 def test_an_empty_list_streams_no_message(cri: CriClient) -> None:
     request = pb.StreamPodSandboxesRequest(filter=pb.PodSandboxFilter(id="0" * 64))
     assert list(cri.stream("StreamPodSandboxes", request, timeout_s=20)) == []
+
+
+def test_the_present_attempt_is_told_before_the_past_ones(cri: CriClient) -> None:
+    """A kubelet with evented PLEG takes the first status of a name; the past attempts of a restart come behind it."""
+    with cri.run_pod() as pod:
+        for attempt in range(2):
+            pod.create(name="again", attempt=attempt, command=["true"]).start()
+        stream = cri.stream("GetContainerEvents", timeout_s=60)
+        try:
+            present = pod.create(name="again", attempt=2, command=["sleep", "1000"])
+            present.start()
+            event = next(event for event in stream if event.container_id == present.id)
+        finally:
+            stream.cancel()
+        told = [status.metadata.attempt for status in pod.status_reply().containers_statuses]
+    assert [status.metadata.attempt for status in event.containers_statuses] == [2, 1, 0]
+    assert told == [2, 1, 0]

@@ -101,8 +101,8 @@ class EventFeed:
             event.pod_sandbox_status.CopyFrom(convert.pod_status(pod))
             event.containers_statuses.extend(
                 convert.container_status(c, pod)
-                for c in self._deps.store.list_containers(pod.id)
-                if convert.is_shown(c) and not (gone and c.id == record.id)
+                for c in convert.newest_first(self._deps.store.list_containers(pod.id))
+                if not (gone and c.id == record.id)
             )
         return event
 
