@@ -12,6 +12,7 @@ import yaml
 from dispatcher import api, errors
 from dispatcher.api import ExecSpec
 from dispatcher.commands.cli import COMMANDS
+from dispatcher.config import Config
 from dispatcher.cri import status_codes
 from dispatcher.cri.service import UNIMPLEMENTED
 from dispatcher.effects import REGISTERED
@@ -115,10 +116,17 @@ def test_policy_examples_load(number: int) -> None:
     load_policy(code_blocks(read("policy.md"), "yaml")[number], "docs/policy.md", TRAITS)
 
 
-def test_yaml_examples_of_operations_parse() -> None:
-    """What is to be copied is YAML."""
-    for block in code_blocks(read("operations.md"), "yaml"):
-        assert yaml.safe_load(block)
+def test_examples_for_the_kubelet_lead_here() -> None:
+    """What is to be copied is YAML; it names the shipped socket, the shipped settings, and handlers of the policy."""
+    socket = f"unix://{Config().socket.path}"
+    shipped = yaml.safe_load((ROOT / "config/kubelet.yaml").read_text())
+    settings, kubeadm, runtime_class = code_blocks(read("kubelet.md"), "yaml")
+    assert yaml.safe_load(settings).items() <= shipped.items()
+    init, kubelet = yaml.safe_load_all(kubeadm)
+    assert init["nodeRegistration"]["criSocket"] == socket == shipped["containerRuntimeEndpoint"]
+    assert kubelet.items() <= shipped.items()
+    handlers = yaml.safe_load((ROOT / "config/policy-docker.yaml").read_text())["handlers"]
+    assert yaml.safe_load(runtime_class)["handler"] in handlers
 
 
 def test_plugin_example_is_a_plugin() -> None:
