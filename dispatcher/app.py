@@ -25,6 +25,7 @@ from dispatcher.cri.convert import as_json
 from dispatcher.cri.handlers.streams import make_target
 from dispatcher.cri.service import CriServer
 from dispatcher.deps import Deps
+from dispatcher.disclosure import disclose, known_secrets
 from dispatcher.effects import effect
 from dispatcher.errors import DispatcherError
 from dispatcher.facts import FactKeeper
@@ -215,6 +216,8 @@ class App:
                 "traces": traces.render,
                 "logs": recent_lines,
                 "metrics": lambda: self._metrics.render().decode(),
+                "records": lambda: disclose(store),
+                "secrets": lambda: known_secrets(store),
             },
         )
 

@@ -32,6 +32,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("exec", "exec", "run a command in a running container"),
     ("rm", "rm", "stop and remove pods or containers"),
     ("doctor", "doctor", "check this node and print how to mend what is wrong"),
+    ("diag", "diag", "put what a support case needs into one archive, without secrets"),
     ("forget", "forget", "drop the record of a pod whose plugin is gone"),
     ("version", "version", "print the versions of this program and of the daemon"),
 )

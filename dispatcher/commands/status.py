@@ -9,10 +9,13 @@ import argparse
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dispatcher.commands.connection import add_endpoint, add_json, connect, parse_info, positive_seconds
 from dispatcher.commands.output import Console, Exit, Failure
+
+if TYPE_CHECKING:
+    from dispatcher.cri.client import CriClient
 
 _NEEDED = ("RuntimeReady", "NetworkReady")
 _POLL_S = 0.5
@@ -56,7 +59,12 @@ async def execute(args: argparse.Namespace, console: Console) -> int:
 
 async def _ask(args: argparse.Namespace) -> dict[str, Any]:
     async with connect(args) as client:
-        version, reply = await asyncio.gather(client.call("Version"), client.call("Status", verbose=True))
+        return await ask(client)
+
+
+async def ask(client: CriClient) -> dict[str, Any]:
+    """Return what the daemon says of itself: conditions, handlers, and all of its verbose info."""
+    version, reply = await asyncio.gather(client.call("Version"), client.call("Status", verbose=True))
     return {
         "endpoint": client.endpoint.path,
         "version": f"{version.runtime_name} {version.runtime_version}",

@@ -36,10 +36,16 @@ _SECRET_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def redact_text(text: str) -> str:
-    """Cut credentials out of free text, and cap its length."""
+def cut_credentials(text: str) -> str:
+    """Cut credentials out of free text."""
     for pattern, replacement in _SECRET_TEXT:
         text = pattern.sub(replacement, text)
+    return text
+
+
+def redact_text(text: str) -> str:
+    """Cut credentials out of free text, and cap its length."""
+    text = cut_credentials(text)
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}... ({len(text)} characters)"
 
 

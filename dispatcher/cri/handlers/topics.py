@@ -10,15 +10,24 @@ from typing import Final
 
 from dispatcher.cri import api_pb2 as pb
 from dispatcher.deps import Deps
-from dispatcher.errors import InvalidRequest
+from dispatcher.errors import InvalidRequest, OutOfResources
 
 TOPIC_KEY: Final = "dispatcher-topic"
-MAX_TEXT: Final = 6 << 20  # two topics and all else in one message
+MAX_BYTES: Final = 15 << 20  # one below what a message may hold
 
 
 async def handle(names: tuple[str, ...], request: pb.StatusRequest, deps: Deps) -> pb.StatusResponse:
-    """Answer from memory. A text that is too long keeps its end, which is the newest part."""
+    """Answer from memory.
+
+    Raises:
+        InvalidRequest: a topic that there is not.
+        OutOfResources: so many records that one message cannot hold them.
+    """
     unknown = sorted(set(names) - set(deps.topics))
     if unknown:
         raise InvalidRequest(f"The topics are {', '.join(sorted(deps.topics))}; not {unknown[0][:40]!r}.")
-    return pb.StatusResponse(info={name: deps.topics[name]()[-MAX_TEXT:] for name in names})
+    texts = {name: deps.topics[name]() for name in names}
+    length = sum(len(text.encode()) for text in texts.values())
+    if length > MAX_BYTES:
+        raise OutOfResources(f"What was asked for is {length} bytes long, and a message holds {MAX_BYTES}.")
+    return pb.StatusResponse(info=texts)
