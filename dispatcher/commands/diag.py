@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dispatcher.commands.config_check import add_config
+from dispatcher.commands.config_files import add_config
 from dispatcher.commands.connection import add_endpoint, ask_topics, connect
 from dispatcher.commands.output import Console, Exit, Failure
 
@@ -181,7 +181,7 @@ async def _gather_from_daemon(args: argparse.Namespace, gathered: Gathered) -> b
 
 def _gather_here(args: argparse.Namespace, gathered: Gathered) -> None:
     """Read what needs no daemon."""
-    from dispatcher.commands.config_check import load
+    from dispatcher.commands.config_files import load
     from dispatcher.commands.doctor_checks import Node, run_checks
 
     with gathered.part("doctor"):

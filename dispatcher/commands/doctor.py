@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dispatcher.commands.config_check import add_config
+from dispatcher.commands.config_files import add_config
 from dispatcher.commands.connection import add_json
 from dispatcher.commands.output import Console, Exit, printable
 

@@ -72,12 +72,42 @@ class Settings:
     sections: Mapping[str, Any] = field(default_factory=dict)
 
 
+def read_settings(path: str | None) -> Settings | None:
+    """Return what `doctor` needs of the configuration, None when it cannot be loaded."""
+    from dispatcher.commands.config_files import load
+    from dispatcher.commands.output import Failure
+
+    try:
+        config = load(path).config
+    except Failure:
+        return None
+    defaults = Settings()
+    docker, cni = config.plugins.section("docker_shim"), config.plugins.section("cni")
+    default_network = cni.get("default_network")
+    return Settings(
+        socket=config.socket.path,
+        state_dir=config.state_dir,
+        run_dir=config.run_dir,
+        metrics_address=(config.metrics.host, config.metrics.port) if config.metrics.enabled else None,
+        cgroup_driver=config.cgroup_driver,
+        plugins=tuple(config.plugins.enabled),
+        docker_socket=Path(str(docker.get("socket", defaults.docker_socket))),
+        cni_conf_dirs=_paths(cni.get("conf_dirs"), defaults.cni_conf_dirs),
+        cni_bin_dirs=_paths(cni.get("bin_dirs"), defaults.cni_bin_dirs),
+        cni_default_allowed=isinstance(default_network, dict) and default_network.get("allow") is True,
+    )
+
+
+def _paths(value: object, default: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(Path(str(item)) for item in value) if isinstance(value, list) else default
+
+
 Check = Callable[[Node, Settings], Iterator[Finding]]
 
 
 def run_checks(node: Node, config_file: str | None) -> list[Finding]:
     """Run all checks and return their findings in a fixed order."""
-    from dispatcher.commands.config_check import check_files, read_settings
+    from dispatcher.commands.config_files import check_files
 
     problems, warnings = check_files(config_file)
     findings = [

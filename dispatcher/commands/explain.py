@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.commands.config_check import add_config, load
+from dispatcher.commands.config_files import add_config, load
 from dispatcher.commands.connection import add_endpoint, add_json, connect, find_pod, parse_info, pod_name
 from dispatcher.commands.output import Console, Exit, Failure
 from dispatcher.commands.play import read_pods

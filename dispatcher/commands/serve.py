@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from dispatcher.commands.config_check import add_config, load
+from dispatcher.commands.config_files import add_config, load
 from dispatcher.commands.output import Console, Exit, Failure
 
 

@@ -18,7 +18,8 @@ from dispatcher.manifest.convert import (
     run_request,
     sandbox_config,
 )
-from dispatcher.manifest.read import ContainerKind, PodManifest, read_manifest
+from dispatcher.manifest.pods import ContainerKind, PodManifest
+from dispatcher.manifest.read import read_manifest
 from dispatcher.manifest.volumes import VolumePlan, plan_container_files, plan_volumes, remove_pod_dir, write_volumes
 
 __all__ = [

@@ -15,7 +15,7 @@ from dispatcher.cri import api_pb2 as pb
 from dispatcher.errors import InvalidRequest
 from dispatcher.manifest import schema
 from dispatcher.manifest.environment import expand, make_environment
-from dispatcher.manifest.read import ContainerKind, PodManifest
+from dispatcher.manifest.pods import ContainerKind, PodManifest
 from dispatcher.manifest.volumes import termination_log_path, volume_path
 from dispatcher.model import DnsConfig
 

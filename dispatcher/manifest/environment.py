@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from dispatcher.manifest import schema
-
-if TYPE_CHECKING:
-    from dispatcher.manifest.read import PodManifest
+from dispatcher.manifest.pods import PodManifest
 
 _EXPANSION = re.compile(r"\$(?:\$|\((?P<name>[^)]*)\))")
 _MAP_ENTRY = re.compile(r"metadata\.(?P<map>labels|annotations)\['(?P<key>[^']{1,317})'\]")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dispatcher.errors import InvalidRequest, WrongState
 from dispatcher.manifest import schema
-from dispatcher.manifest.read import ObjectData, PodManifest
+from dispatcher.manifest.pods import ObjectData, PodManifest
 
 _VERSION_DIR = "..version-1"  # Kubernetes keeps the files behind a link, so that a program can follow `..data`
 
