@@ -182,7 +182,7 @@ class App:
                 for runtime in registry.runtimes()
             },
             settings=store,
-            ask_hooks=registry.vote,
+            ask_hooks=registry.ask_hooks,
             hook_plugins=tuple(report["name"] for report in registry.report() if report["hooks"]),
             observer=self._metrics,
         )

@@ -17,11 +17,13 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from dispatcher.bounded_thread import BoundedThread
 from dispatcher.errors import InvalidRequest, NoRuntime, PolicyRefused
 from dispatcher.model import ContainerSpec, Image, Isolation, PodRecord, PodSpec, Route, Vote
 from dispatcher.policy.decision import (
@@ -44,6 +46,7 @@ audit = logging.getLogger("dispatcher.policy.audit")
 
 SETTING = "policy"
 _RETRY_S = 5.0
+_PATHS_LIMIT_S = 5.0
 _DEBOUNCE_MS, _STEP_MS, _LOOK_MS = 400, 100, 1000
 
 
@@ -139,6 +142,18 @@ class Explanation:
         return asdict(self)
 
 
+class _HooksWantedError(Exception):
+    """Raised within `decide` where hooks have a say: they are asked outside of it, since that takes time."""
+
+
+def _want_hooks() -> Sequence[Vote]:
+    raise _HooksWantedError
+
+
+async def _ask_nobody(_pod: PodSpec) -> Sequence[Vote]:
+    return ()
+
+
 class PolicyEngine:
     """Decides pods by the policy in effect. One per daemon; the methods that decide are synchronous and do not block
     but for hooks, whose time `ask_hooks` bounds.
@@ -159,7 +174,7 @@ class PolicyEngine:
         *,
         runtimes: Mapping[str, RuntimeTraits],
         settings: Settings,
-        ask_hooks: Callable[[PodSpec], Sequence[Vote]] = lambda _pod: (),
+        ask_hooks: Callable[[PodSpec], Awaitable[Sequence[Vote]]] = _ask_nobody,
         hook_plugins: Collection[str] = (),
         observer: Observer | None = None,
         now_ns: Callable[[], int] = time.time_ns,
@@ -178,6 +193,7 @@ class PolicyEngine:
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._reloading = asyncio.Lock()
+        self._paths = BoundedThread("policy-paths")
 
     # -------------------------------------------------------------------------------------------------------- life
     async def start(self) -> None:
@@ -222,8 +238,10 @@ class PolicyEngine:
         return self._status
 
     # ------------------------------------------------------------------------------------------------------ decide
-    def decide(self, pod: PodSpec) -> Route:
+    async def decide(self, pod: PodSpec) -> Route:
         """Decide where a pod runs. Each call is one decision, with an id of its own, in the audit log.
+
+        Waits for hooks only, within their limits; the policy in effect at the beginning decides.
 
         Raises:
             PolicyRefused: a rule, a floor or a contradiction forbids it, or no policy could be loaded.
@@ -233,7 +251,11 @@ class PolicyEngine:
         started = time.perf_counter_ns()
         policy = self._need_policy()
         facts = facts_of_pod(pod)
-        verdict = decide(policy, facts, lambda: self._ask_hooks(pod))
+        try:
+            verdict = decide(policy, facts, _want_hooks)
+        except _HooksWantedError:
+            votes = await self._ask_hooks(pod)
+            verdict = decide(policy, facts, lambda: votes)
         is_missing = not verdict.is_refused and not policy.runtimes[verdict.runtime].is_loaded
         decision_id = secrets.token_hex(8)
         outcome = "refused" if verdict.is_refused else "no runtime" if is_missing else "routed"
@@ -263,17 +285,26 @@ class PolicyEngine:
             votes=verdict.votes,
         )
 
-    def check_container(self, pod: PodRecord, container: ContainerSpec, image: Image) -> None:
+    async def check_container(self, pod: PodRecord, container: ContainerSpec, image: Image) -> None:
         """Hold a container against the rules of phase container. They can only refuse.
 
+        Links of host paths are followed in a thread of its own, since a path may lie on a file system that is dead.
+
         Raises:
-            PolicyRefused: a rule refuses it, or no policy could be loaded.
+            PolicyRefused: a rule refuses it, its paths cannot be looked at, or no policy could be loaded.
         """
         policy = self._need_policy()
         if not policy.container_rules:
             return
         # Links are followed here, since a rule about /etc has to hold for a link to it as well.
-        facts = facts_of_container(container, image, pod.route.runtime, resolve=os.path.realpath)
+        resolve = partial(facts_of_container, container, image, pod.route.runtime, resolve=os.path.realpath)
+        try:
+            facts = await self._paths.ask(resolve, _PATHS_LIMIT_S)
+        except TimeoutError as error:
+            raise PolicyRefused(
+                f'Container "{shorten(container.metadata.name)}" is refused: whether the policy allows its host paths '
+                f"is not known, since looking at them, or at those of one before it, takes too long."
+            ) from error
         verdict = check_container(policy, facts_of_pod(pod.spec), facts)
         outcome = "routed" if verdict is None else "refused"
         rule = "" if verdict is None else verdict.rule
@@ -288,13 +319,13 @@ class PolicyEngine:
                 f'Container "{name}" is refused by the policy. {verdict.reason}', rule=rule, policy_hash=policy.hash
             )
 
-    def explain(self, pod: PodSpec) -> Explanation:
+    async def explain(self, pod: PodSpec) -> Explanation:
         """Tell how a pod would be decided now. Not a decision: nothing is counted or logged.
 
         Raises:
             PolicyRefused: no policy could be loaded.
         """
-        votes = self._ask_hooks(pod)
+        votes = await self._ask_hooks(pod)
         return explain(self._need_policy(), facts_of_pod(pod), votes)
 
     # -------------------------------------------------------------------------------------------------- what is in it

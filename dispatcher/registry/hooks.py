@@ -1,15 +1,15 @@
 """Routing hooks of plugins: asked one by one, in a thread each, within a time limit, and no more after failures.
 
 pluggy checks signatures and calls; the typed façade `RoutingVotes.vote` is all that the rest sees. Each plugin has one
-daemon thread: a hook that blocks for ever costs that thread, the time limit a few times, and nothing else.
+daemon thread: a hook that blocks for ever costs that thread, and its own callers the time limit a few times. The event
+loop waits for no hook.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import queue
-import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pluggy
 
 from dispatcher.api import RoutingHooks
+from dispatcher.bounded_thread import BoundedThread
 from dispatcher.model import PodSpec, Vote
 
 _log = logging.getLogger(__name__)
@@ -28,53 +29,10 @@ class HookRefusedError(ValueError):
     """An object offered as hooks is not fit to be one; the message says why."""
 
 
-class _Thread:
-    """Runs one call at a time, and says when a call did not end in time."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[tuple[Any, BaseException | None]]]]
-        self._jobs = queue.SimpleQueue()
-        self._stuck: queue.SimpleQueue[tuple[Any, BaseException | None]] | None = None
-        self._started = False
-
-    def call(self, function: Callable[[], Any], time_limit_s: float) -> Any:
-        """Return the result, or raise what it raised.
-
-        Raises:
-            TimeoutError: this call, or the one before it, has not ended.
-        """
-        if self._stuck is not None:
-            if self._stuck.empty():
-                raise TimeoutError("an earlier call has not ended")
-            self._stuck = None
-        if not self._started:
-            threading.Thread(target=self._work, name=f"hook-{self._name}", daemon=True).start()
-            self._started = True
-        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._jobs.put((function, answer))
-        try:
-            result, error = answer.get(timeout=time_limit_s)
-        except queue.Empty:
-            self._stuck = answer
-            raise TimeoutError(f"no answer within {time_limit_s:g} s") from None
-        if error is not None:
-            raise error
-        return result
-
-    def _work(self) -> None:
-        while True:
-            function, answer = self._jobs.get()
-            try:
-                answer.put((function(), None))
-            except BaseException as error:  # noqa: BLE001 - carried over to the caller
-                answer.put((None, error))
-
-
 @dataclass(slots=True)
 class _Voter:
     call: pluggy.HookCaller
-    thread: _Thread
+    thread: BoundedThread
     failures: int = 0
     disabled: str = ""
 
@@ -88,10 +46,12 @@ class RoutingVotes:
         time_limit_s: float,
         failures_before_disabled: int,
         on_failure: Callable[[str, str], None] = lambda _plugin, _why: None,
+        on_call: Callable[[str, float, BaseException | None], None] = lambda _plugin, _seconds, _error: None,
     ) -> None:
         self._time_limit_s = time_limit_s
         self._limit = failures_before_disabled
         self._on_failure = on_failure
+        self._on_call = on_call
         self._pluggy = pluggy.PluginManager("dispatcher")
         self._pluggy.add_hookspecs(RoutingHooks)
         self._voters: dict[str, _Voter] = {}
@@ -124,7 +84,9 @@ class RoutingVotes:
                 raise
             raise HookRefusedError(" ".join(str(error).split())) from error
         others = [other for name, other in self._pluggy.list_name_plugin() if name != plugin]
-        self._voters[plugin] = _Voter(self._pluggy.subset_hook_caller("route_pod", others), _Thread(plugin))
+        self._voters[plugin] = _Voter(
+            self._pluggy.subset_hook_caller("route_pod", others), BoundedThread(f"hook-{plugin}")
+        )
         # Hooks are asked in the order of their plugins' names, and each caller knows its own plugin only.
         self._voters = dict(sorted(self._voters.items()))
         for name, voter in self._voters.items():
@@ -132,21 +94,42 @@ class RoutingVotes:
             voter.call = self._pluggy.subset_hook_caller("route_pod", others)
 
     def vote(self, pod: PodSpec) -> tuple[Vote, ...]:
-        """Ask every hook that is not disabled; `counted` is left False, for the policy to decide."""
-        votes = []
+        """Ask every hook that is not disabled; `counted` is left False, for the policy to decide. Blocks: no loop may."""
+        votes: list[Vote] = []
         for plugin, voter in self._voters.items():
             if voter.disabled:
                 continue
+            began = time.perf_counter()
             try:
                 answers = voter.thread.call(lambda voter=voter: voter.call(pod=pod), self._time_limit_s)  # type: ignore[misc]
                 vote = _read(plugin, answers)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure is an abstention
-                self._failed(plugin, voter, error)
+                self._failed(plugin, voter, error, began)
                 continue
-            voter.failures = 0
-            if vote is not None:
-                votes.append(vote)
+            self._answered(plugin, voter, vote, began, votes)
         return tuple(votes)
+
+    async def ask(self, pod: PodSpec) -> tuple[Vote, ...]:
+        """Do the same without holding the event loop. Concurrent decisions take turns at each hook."""
+        votes: list[Vote] = []
+        for plugin, voter in tuple(self._voters.items()):
+            if voter.disabled:
+                continue
+            began = time.perf_counter()
+            try:
+                answers = await voter.thread.ask(lambda voter=voter: voter.call(pod=pod), self._time_limit_s)  # type: ignore[misc]
+                vote = _read(plugin, answers)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a hook's failure is an abstention
+                self._failed(plugin, voter, error, began)
+                continue
+            self._answered(plugin, voter, vote, began, votes)
+        return tuple(votes)
+
+    def _answered(self, plugin: str, voter: _Voter, vote: Vote | None, began: float, votes: list[Vote]) -> None:
+        voter.failures = 0
+        self._on_call(plugin, time.perf_counter() - began, None)
+        if vote is not None:
+            votes.append(vote)
 
     def disabled(self) -> dict[str, str]:
         """Return why the hooks of a plugin are no longer asked, by plugin."""
@@ -156,7 +139,10 @@ class RoutingVotes:
         """Return the plugins with hooks, in the order in which they are asked."""
         return tuple(self._voters)
 
-    def _failed(self, plugin: str, voter: _Voter, error: BaseException) -> None:
+    def _failed(self, plugin: str, voter: _Voter, error: BaseException, began: float) -> None:
+        self._on_call(plugin, time.perf_counter() - began, error)
+        if voter.disabled:  # by another decision, while this one waited for its turn
+            return
         voter.failures += 1
         why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _log.warning("routing hook failed", extra={"plugin": plugin, "why": why, "failures": voter.failures})

@@ -126,7 +126,9 @@ class Registry:
         self._absent: dict[str, Any] = {}
         self._began = time.monotonic()
         self._votes = RoutingVotes(
-            time_limit_s=config.hooks.time_limit_s, failures_before_disabled=config.hooks.failures_before_disabled
+            time_limit_s=config.hooks.time_limit_s,
+            failures_before_disabled=config.hooks.failures_before_disabled,
+            on_call=lambda plugin, seconds, error: on_call("hook", plugin, "route_pod", seconds, error),
         )
 
     # --------------------------------------------------------------------------------------------------------- loading
@@ -460,8 +462,15 @@ class Registry:
         return entry.guarded if entry is not None else self._absent[kind]
 
     def vote(self, pod: PodSpec) -> tuple[Vote, ...]:
-        """Ask the routing hooks of all plugins, in the order of their names. `counted` is False in all of them."""
+        """Ask the routing hooks of all plugins, in the order of their names. `counted` is False in all of them.
+
+        Blocks while a hook thinks: for commands. The daemon uses `ask_hooks`.
+        """
         return self._votes.vote(pod)
+
+    async def ask_hooks(self, pod: PodSpec) -> tuple[Vote, ...]:
+        """Do the same without holding the event loop."""
+        return await self._votes.ask(pod)
 
     # --------------------------------------------------------------------------------------------------------- reports
     def _note(self, plugin: str, reason: str, message: str) -> None:

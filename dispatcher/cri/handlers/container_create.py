@@ -102,7 +102,7 @@ def _resolve_mount(mount: Mount, deps: Deps) -> Mount:
 async def _make(pod: PodRecord, spec: ContainerSpec, mark: str, deps: Deps) -> ContainerRecord:
     spec, image = _resolve(spec, deps)
     with step("policy"):
-        deps.policy.check_container(pod, spec, image)
+        await deps.policy.check_container(pod, spec, image)
     record = ContainerRecord(
         id=make_container_id(),
         pod_id=pod.id,

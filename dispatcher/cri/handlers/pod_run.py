@@ -91,7 +91,7 @@ async def _undo_abandoned(record: PodRecord, deps: Deps) -> None:
 
 async def _make(spec: PodSpec, sysctls: tuple[NetSysctl, ...], mark: str, deps: Deps) -> PodRecord:
     with step("route"):
-        route = deps.policy.decide(spec)
+        route = await deps.policy.decide(spec)
     runtime = deps.registry.runtime(route.runtime)
     pod_id = make_pod_id()
     annotate_call(pod_id=pod_id, runtime=route.runtime, rule=route.rule)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +118,11 @@ def pod(namespace: str = "default", *, handler: str = "", **options: Any) -> Pod
 async def test_a_route_says_who_decided_and_by_which_policy(file: Path, make: Make, counter: Counter) -> None:
     put(file, "rules: [{name: r, match: {namespace: a}, runtime: vm}]\ndefault: docker")
     engine = await make()
-    route = engine.decide(pod("a"))
+    route = await engine.decide(pod("a"))
     assert (route.runtime, route.rule, route.isolation) == ("vm", "r", Isolation.VM)
     assert route.reason == 'Rule "r" matches (namespace a).'
     assert route.policy_hash == engine.status.hash
-    assert route.decision_id != engine.decide(pod("a")).decision_id
+    assert route.decision_id != (await engine.decide(pod("a"))).decision_id
     assert counter.decided[0] == ("r", "vm", "pod", "routed")
 
 
@@ -134,11 +136,11 @@ async def test_errors_tell_refusal_from_bad_request_from_missing_runtime(
     )
     engine = await make(DOCKER)
     with pytest.raises(PolicyRefused, match=r'Pod bad/web is refused by the policy. Rule "no" refuses it .*not here'):
-        engine.decide(pod("bad"))
+        await engine.decide(pod("bad"))
     with pytest.raises(InvalidRequest, match="no RuntimeClass handler 'kata'; it maps: vm"):
-        engine.decide(pod(handler="kata"))
+        await engine.decide(pod(handler="kata"))
     with pytest.raises(NoRuntime, match='has to run on the runtime "vm", which is not loaded') as caught:
-        engine.decide(pod(handler="vm"))
+        await engine.decide(pod(handler="vm"))
     assert caught.value.data["runtime"] == "vm"
     assert [decided[3] for decided in counter.decided] == ["refused", "refused", "refused"]
 
@@ -147,7 +149,7 @@ async def test_every_decision_is_in_the_audit_log(file: Path, make: Make, caplog
     put(file, "default: docker")
     engine = await make()
     caplog.set_level(logging.INFO, "dispatcher.policy.audit")
-    route = engine.decide(pod("a"))
+    route = await engine.decide(pod("a"))
     line = next(record for record in caplog.records if record.name == "dispatcher.policy.audit")
     data: dict[str, Any] = vars(line)["data"]
     assert data["decision_id"] == route.decision_id
@@ -182,9 +184,9 @@ async def test_facts_come_from_the_whole_request(file: Path, make: Make) -> None
         cgroup_parent="/kubepods/burstable/podu",
         resources=Resources(cpu_period_us=100_000, cpu_quota_us=150_000, memory_limit_bytes=1 << 20),
     )
-    explained = engine.explain(whole)
+    explained = await engine.explain(whole)
     assert (explained.rule, [rule.failures for rule in explained.rules]) == ("all", [()])
-    assert engine.explain(pod()).rule == "default"
+    assert (await engine.explain(pod())).rule == "default"
 
 
 QOS = [
@@ -200,7 +202,7 @@ QOS = [
 @pytest.mark.parametrize(("parent", "qos"), QOS)
 async def test_qos_is_read_from_the_cgroup(file: Path, make: Make, parent: str, qos: str) -> None:
     put(file, "rules: [{name: r, match: {qos: [guaranteed, burstable, besteffort]}, refuse: x}]\ndefault: docker")
-    explained = (await make()).explain(pod(cgroup_parent=parent))
+    explained = await (await make()).explain(pod(cgroup_parent=parent))
     assert explained.is_refused is bool(qos)
     assert explained.is_refused or explained.rules[0].failures[0].found == "unknown"
     assert not qos or f"(qos {qos})" in explained.reason
@@ -210,12 +212,12 @@ async def test_hooks_are_asked_once_per_decision_and_their_votes_kept(file: Path
     put(file, "hooks: {may_override: [good]}\ndefault: docker")
     asked: list[PodSpec] = []
 
-    def ask(spec: PodSpec) -> list[Vote]:
+    async def ask(spec: PodSpec) -> list[Vote]:
         asked.append(spec)
         return [Vote(plugin="good", runtime="vm", reason="I like it", counted=False)]
 
     engine = await make(ask_hooks=ask, hook_plugins=("good",))
-    route = engine.decide(pod())
+    route = await engine.decide(pod())
     assert (route.runtime, route.rule) == ("vm", "hook:good")
     assert route.votes == (Vote(plugin="good", runtime="vm", reason="I like it", counted=True),)
     assert len(asked) == 1
@@ -245,12 +247,12 @@ async def test_containers_are_held_against_their_rules(file: Path, make: Make, c
     )
     engine = await make()
 
-    def record(namespace: str) -> PodRecord:
+    async def record(namespace: str) -> PodRecord:
         spec = pod(namespace)
         return PodRecord(
             id=PodId("f" * 64),
             spec=spec,
-            route=engine.decide(spec),
+            route=await engine.decide(spec),
             stamp=PluginStamp(name="docker", version="1", facts_schema=1),
             created_at_ns=1,
             fingerprint="",
@@ -265,20 +267,78 @@ async def test_containers_are_held_against_their_rules(file: Path, make: Make, c
         mounts=(Mount(container_path="/x", host_path="/etc/passwd"),),
         security=ContainerSecurity(),
     )
-    engine.check_container(record("b"), container, image)
+    await engine.check_container(await record("b"), container, image)
     with pytest.raises(PolicyRefused, match=r'Container "c" is refused .* "etc" .*hands off'):
-        engine.check_container(record("a"), container, image)
+        await engine.check_container(await record("a"), container, image)
     assert ("etc", "docker", "container", "refused") in counter.decided
+
+
+async def test_a_path_on_a_dead_file_system_holds_nobody_but_its_container(
+    file: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(file, "rules: [{name: etc, phase: container, match: {host_mounts: /etc}, refuse: hands off}]\ndefault: docker")
+    engine = await make()
+    release = threading.Event()
+    monkeypatch.setattr("dispatcher.policy.engine._PATHS_LIMIT_S", 0.1)
+    real = os.path.realpath
+
+    def resolve(path: str, **options: Any) -> str:
+        if path == "/dead":
+            release.wait(30)
+        return real(path, **options)
+
+    monkeypatch.setattr(os.path, "realpath", resolve)
+    spec = pod()
+    record = PodRecord(
+        id=PodId("f" * 64),
+        spec=spec,
+        route=await engine.decide(spec),
+        stamp=PluginStamp(name="docker", version="1", facts_schema=1),
+        created_at_ns=1,
+        fingerprint="",
+    )
+    image = Image(
+        id=ImageId("sha256:" + "0" * 64), repo_tags=("a:1",), repo_digests=(), size_bytes=1, config=ImageConfig()
+    )
+
+    def mounting(path: str) -> ContainerSpec:
+        mounts = (Mount(container_path="/x", host_path=path),)
+        return ContainerSpec(
+            metadata=ContainerMetadata(name="c"), image_ref="a:1", mounts=mounts, security=ContainerSecurity()
+        )
+
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    turning = asyncio.create_task(turn())
+    with pytest.raises(PolicyRefused, match="takes too long"):
+        await engine.check_container(record, mounting("/dead"), image)
+    turning.cancel()
+    assert turns > 10
+    with pytest.raises(PolicyRefused, match="takes too long"):
+        await engine.check_container(record, mounting("/srv"), image)
+    release.set()
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(PolicyRefused):
+                await engine.check_container(record, mounting("/srv"), image)
+                break
+            await asyncio.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------ reloading
 async def test_a_new_file_takes_effect_by_rename(file: Path, make: Make, counter: Counter) -> None:
     put(file, "default: docker")
     engine = await make()
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
     put(file, "default: vm")
     assert await counter.next_reload(1) == (True, 2)
-    assert engine.decide(pod()).runtime == "vm"
+    assert (await engine.decide(pod())).runtime == "vm"
 
 
 async def test_a_file_written_in_place_takes_effect(file: Path, make: Make, counter: Counter) -> None:
@@ -289,7 +349,7 @@ async def test_a_file_written_in_place_takes_effect(file: Path, make: Make, coun
     seen = 1
     while not (await counter.next_reload(seen))[0]:
         seen += 1
-    assert engine.decide(pod()).runtime == "vm"
+    assert (await engine.decide(pod())).runtime == "vm"
 
 
 async def test_a_swapped_link_takes_effect(file: Path, make: Make, counter: Counter) -> None:
@@ -301,11 +361,11 @@ async def test_a_swapped_link_takes_effect(file: Path, make: Make, counter: Coun
     (folder / "..data").symlink_to("..1")
     file.symlink_to("..data/policy.yaml")
     engine = await make()
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
     (folder / "..next").symlink_to("..2")
     os.replace(folder / "..next", folder / "..data")
     assert await counter.next_reload(1) == (True, 2)
-    assert engine.decide(pod()).runtime == "vm"
+    assert (await engine.decide(pod())).runtime == "vm"
 
 
 async def test_sighup_reads_again(file: Path, make: Make, counter: Counter) -> None:
@@ -333,7 +393,7 @@ async def test_a_broken_file_changes_nothing_but_the_status(
     before = engine.status
     put(file, text)
     assert await counter.next_reload(1) == (False, 1)
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
     status = engine.status
     assert (status.hash, status.source, status.is_in_sync) == (before.hash, "file", False)
     assert status.reason == "PolicyFileRefused"
@@ -360,7 +420,7 @@ async def test_removing_the_file_keeps_the_policy(file: Path, make: Make, counte
     engine = await make()
     file.unlink()
     assert await counter.next_reload(1) == (False, 1)
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
     assert "cannot be read: No such file" in engine.status.message
     put(file, "default: docker")
     assert await counter.next_reload(2) == (True, 1)
@@ -374,7 +434,7 @@ async def test_a_restart_with_a_broken_file_serves_the_last_known_good(file: Pat
     await first.aclose()
     put(file, "default: [")
     second = await make()
-    assert second.decide(pod()).runtime == "vm"
+    assert (await second.decide(pod())).runtime == "vm"
     assert second.status.source == "last known good"
     assert second.status.hash == first.status.hash
     assert not second.status.is_in_sync
@@ -386,7 +446,7 @@ async def test_a_restart_reads_a_file_that_was_mended_meanwhile(file: Path, make
     await (await make()).aclose()
     put(file, "default: vm")
     engine = await make()
-    assert (engine.decide(pod()).runtime, engine.status.source) == ("vm", "file")
+    assert ((await engine.decide(pod())).runtime, engine.status.source) == ("vm", "file")
 
 
 async def test_without_any_policy_pods_are_refused_and_the_file_is_waited_for(
@@ -394,13 +454,13 @@ async def test_without_any_policy_pods_are_refused_and_the_file_is_waited_for(
 ) -> None:
     engine = await make()
     with pytest.raises(PolicyRefused, match=r"No policy is in effect.*cannot be read.*new pods are refused"):
-        engine.decide(pod())
+        await engine.decide(pod())
     assert engine.status.reason == "NoPolicy"
     assert engine.default_runtime is None
     assert engine.handlers() == {"": ()}
     put(file, "default: docker")
     assert await counter.next_reload(1) == (True, 1)
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
 
 
 async def test_a_plugin_that_went_missing_is_no_mistake_of_the_file(file: Path, make: Make) -> None:
@@ -409,9 +469,9 @@ async def test_a_plugin_that_went_missing_is_no_mistake_of_the_file(file: Path, 
     await (await make(BOTH)).aclose()
     engine = await make(DOCKER)
     assert engine.status.is_in_sync
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
     with pytest.raises(NoRuntime, match='"vm"'):
-        engine.decide(pod("a"))
+        await engine.decide(pod("a"))
 
 
 async def test_a_store_that_fails_does_not_keep_a_good_policy_out(file: Path) -> None:
@@ -425,7 +485,7 @@ async def test_a_store_that_fails_does_not_keep_a_good_policy_out(file: Path) ->
     put(file, "default: docker")
     engine = PolicyEngine(file, runtimes=BOTH, settings=Full())
     await engine.reload()
-    assert engine.decide(pod()).runtime == "docker"
+    assert (await engine.decide(pod())).runtime == "docker"
 
 
 async def test_nonsense_in_the_store_is_survived(file: Path, make: Make, store: Store) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -137,6 +139,64 @@ def test_a_hook_that_blocks_costs_its_time_limit_and_one_thread() -> None:
     assert threading.active_count() <= before + 2
     assert "blocker" in routing.disabled()
     release.set()
+
+
+async def test_the_event_loop_waits_for_no_hook() -> None:
+    """Many pods at once, a hook that hangs: the loop turns, each decision ends, and the hook is asked no more."""
+    release = threading.Event()
+    heard: list[str] = []
+    routing = RoutingVotes(
+        time_limit_s=0.05,
+        failures_before_disabled=3,
+        on_call=lambda plugin, _seconds, error: heard.append(f"{plugin} {type(error).__name__}"),
+    )
+    routing.add("blocker", hooks(lambda _pod: release.wait(30)))
+    routing.add("good", hooks(lambda _pod: ("docker", "")))
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    turning = asyncio.create_task(turn())
+    answers = await asyncio.gather(*(routing.ask(POD) for _ in range(20)))
+    turning.cancel()
+    assert [[vote.plugin for vote in votes] for votes in answers] == [["good"]] * 20
+    assert turns > 10
+    assert "blocker" in routing.disabled()
+    assert heard.count("good NoneType") == 20
+    release.set()
+
+
+async def test_decisions_at_once_take_turns_at_a_slow_hook() -> None:
+    """Waiting for one's turn is not the hook's time: a hook that always answers in time is never disabled."""
+
+    def slow(_pod: PodSpec) -> tuple[str, str]:
+        time.sleep(0.02)
+        return ("docker", "")
+
+    routing = votes(time_limit_s=5.0, failures=1)
+    routing.add("slow", hooks(slow))
+    answers = await asyncio.gather(*(routing.ask(POD) for _ in range(20)))
+    assert all(len(votes) == 1 for votes in answers)
+    assert routing.disabled() == {}
+
+
+async def test_a_decision_that_is_cancelled_leaves_the_hook_usable() -> None:
+    release = threading.Event()
+    routing = votes(time_limit_s=20.0)
+    routing.add("a", hooks(lambda _pod: release.wait(30) and ("docker", "")))
+    task = asyncio.create_task(routing.ask(POD))
+    await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    release.set()
+    async with asyncio.timeout(20):
+        while not await routing.ask(POD):
+            await asyncio.sleep(0.01)
 
 
 def test_a_hook_that_was_slow_once_is_asked_again_when_it_has_ended() -> None:
