@@ -37,6 +37,7 @@ test command mkfs.erofs      erofs-utils
 test command nft             nftables
 test command nginx           nginx-light
 test command openssl         openssl
+test command qemu-system-x86_64 qemu-system-x86
 '
 
 say() { printf 'host: %s\n' "$*" >&2; }
