@@ -126,12 +126,12 @@ def http_header_bombs(scene: Scene) -> None:
 
 
 def spdy_header_bombs(scene: Scene) -> None:
-    """Header blocks that inflate to 16 MiB, and ten thousand streams whose headers inflate to 60 KB each."""
+    """Header blocks that inflate to 16 MiB, and two thousand streams whose headers inflate to 60 KB each."""
     for number in range(scene.count):
         with contextlib.suppress(OSError), Forwarding(scene.forward_url()) as session:
             compressor = HeaderCompressor()
-            for stream in range(1, 20_001, 2):
-                headers = {"x": "y" * (16 * MIB if number % 2 and stream > 2000 else 60_000)}
+            for stream in range(1, 4_001, 2):
+                headers = {"x": "y" * (16 * MIB if number % 2 and stream > 1000 else 60_000)}
                 body = struct.pack(">IIBB", stream, 0, 0, 0) + compressor.compress(headers)
                 session.raw(control(FrameType.SYN_STREAM, body, FIN))
 

@@ -17,6 +17,7 @@ from websockets.frames import Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from dispatcher_streaming.pace import Pace
 from dispatcher_streaming.peers import PeerTable
 from dispatcher_streaming.windows import Budget, Share
 
@@ -205,6 +206,7 @@ class WebSocketCarrier:
         self._text = text
         self._parts = bytearray()  # no list: empty fragments without end would make it grow
         self._share = Share(budget)
+        self._pace = Pace()
 
     async def read(self) -> AsyncIterator[bytes]:
         """Yield messages until the peer closes. Pings are answered here.
@@ -215,10 +217,13 @@ class WebSocketCarrier:
         try:
             while self._is_open():
                 if data:
-                    self._protocol.receive_data(data)
+                    with self._pace:
+                        self._protocol.receive_data(data)
+                        messages = self._messages()
                     await self._flush()
-                    for message in self._messages():
+                    for message in messages:
                         yield message
+                    await self._pace.rest()
                     if not self._share.fit(len(self._protocol.reader.buffer) + len(self._parts)):
                         self._protocol.fail(1013, "too many large messages at once")
                         await self._flush()

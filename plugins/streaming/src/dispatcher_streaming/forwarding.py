@@ -18,6 +18,7 @@ from dispatcher.api import Process
 from dispatcher.errors import DispatcherError
 from dispatcher_streaming import portforward
 from dispatcher_streaming.carriers import ByteCarrier
+from dispatcher_streaming.pace import Pace
 from dispatcher_streaming.sessions import CHUNK, uncancelled
 from dispatcher_streaming.windows import Budget, Window
 
@@ -121,13 +122,16 @@ class _Session:
     async def read(self, opening: Iterable[portforward.Event]) -> None:
         """Act on what comes, until the client leaves."""
         await self._take(opening)
+        pace = Pace()
         async for received in self._carrier.read():
-            events, answer = self._session.receive(received)
+            with pace:
+                events, answer = self._session.receive(received)
             await self.send(answer)
             if not await self._take(events):
                 return
             for key in {event.key for event in events if isinstance(event, portforward.Data)}:
                 await self._settle(key)
+            await pace.rest()
 
     async def _take(self, events: Iterable[portforward.Event]) -> bool:
         """Act on events. False when the client is leaving."""

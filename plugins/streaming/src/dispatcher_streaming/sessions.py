@@ -17,6 +17,7 @@ from dispatcher.api import ExecStream, Process
 from dispatcher.errors import DispatcherError
 from dispatcher_streaming import remotecommand
 from dispatcher_streaming.carriers import ByteCarrier
+from dispatcher_streaming.pace import Pace
 from dispatcher_streaming.windows import Budget, Window
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,16 @@ async def run_spdy_command(
 ) -> None:
     """Serve one exec or attach over SPDY until the process or the client ends."""
     runner = _Command(start, session.request, limits)
+    pace = Pace()
 
     async def read() -> None:
         async for data in carrier.read():
-            events, answer = session.receive(data)
+            with pace:
+                events, answer = session.receive(data)
+                runner.take(events)
             await carrier.write(answer)
-            runner.take(events)
             await runner.settle(carrier)
+            await pace.rest()
 
     async def write(stream: str, data: bytes) -> None:
         await carrier.write(session.output(stream, data))
@@ -82,6 +86,7 @@ async def run_websocket_command(
 ) -> None:
     """Serve one exec or attach over WebSocket until the process or the client ends."""
     runner = _Command(start, session.request, limits)
+    pace = Pace()
 
     async def send(messages: Iterable[bytes]) -> None:
         for message in messages:
@@ -90,8 +95,10 @@ async def run_websocket_command(
     async def read() -> None:
         runner.take([remotecommand.Ready()])
         async for message in carrier.read():
-            runner.take(session.receive(message))
+            with pace:
+                runner.take(session.receive(message))
             await runner.settle(carrier)
+            await pace.rest()
 
     async def write(stream: str, data: bytes) -> None:
         await send(session.output(stream, data))
