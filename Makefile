@@ -19,7 +19,7 @@ FUZZ_SECONDS ?= 5
 FUZZ_LONG_SECONDS ?= 3600
 PYTEST_ARGS ?=
 
-.PHONY: help demo test soak fuzz bench lint types format host-demo host-test clean-host venv install lock proto
+.PHONY: help demo test test-vm soak fuzz bench lint types format host-demo host-test host-vm clean-host venv install lock proto
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: host-demo venv  ## Start a private engine, a registry and the endpoint, an
 test: host-test venv lint types  ## Everything that decides whether a change may land
 	$(BIN)/python -m compileall -q dispatcher plugins  # a test starts many daemons: none has to compile again
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(WHOLE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vm: host-vm venv  ## The tests that depend on systemd and cgroup v2, in a virtual machine of Debian 12 (VM_ARGS=...)
+	$(BIN)/python -m tests.vm test $(VM_ARGS)
 
 soak: host-test venv  ## Repetitions of what the tests show once: hundreds of kills, thousands of pods
 	$(WHOLE) $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)
@@ -56,6 +59,9 @@ host-demo:  # what the demo needs from Debian
 
 host-test:  # what the tests need from Debian
 	scripts/host.sh install test
+
+host-vm:  # what builds and runs the virtual machine
+	scripts/host.sh install vm
 
 clean-host:  ## Remove what a demo left behind, and the Debian packages that were installed for it
 	if [ -x $(BIN)/python ]; then $(BIN)/python -m demo --clean; fi

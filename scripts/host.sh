@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # What the demo and the tests need from Debian, installed without side effects, and taken back exactly.
 #
-#   scripts/host.sh install demo|test   install what is missing
-#   scripts/host.sh missing demo|test   print the packages that would be installed
-#   scripts/host.sh clean               remove what `install` has installed, and nothing else
+#   scripts/host.sh install demo|test|vm    install what is missing
+#   scripts/host.sh missing demo|test|vm    print the packages that would be installed
+#   scripts/host.sh packages demo|test|vm   print the packages of a scope, missing or not
+#   scripts/host.sh clean                   remove what `install` has installed, and nothing else
+#
+# The tests need what the demo needs and more; `vm` is what builds and runs a virtual machine for them.
 #
 # Promises, each of them tested in tests/host:
 # - nothing is upgraded, replaced or removed; a Docker Engine from elsewhere counts as the engine that is needed;
@@ -38,6 +41,9 @@ test command nft             nftables
 test command nginx           nginx-light
 test command openssl         openssl
 test command qemu-system-x86_64 qemu-system-x86
+vm   command mmdebstrap      mmdebstrap
+vm   command qemu-system-x86_64 qemu-system-x86
+vm   command mke2fs          e2fsprogs
 '
 
 say() { printf 'host: %s\n' "$*" >&2; }
@@ -52,17 +58,22 @@ packages() { # every package of this architecture that is installed, even half
 # No `grep -q` behind a pipe: it leaves early, and with pipefail the writer's SIGPIPE would count as "not found".
 is_installed() { packages | grep -xF -- "$1" >/dev/null; }
 
+needs_of() { # SCOPE: its lines of NEEDS
+  local scope rest
+  while read -r scope rest; do
+    case "$1 $scope" in "demo demo" | "test demo" | "test test" | "vm vm") echo "$scope $rest" ;; esac
+  done <<<"$NEEDS"
+}
+
 missing_for() { # SCOPE
   local scope kind what package
-  while read -r scope kind what package; do
-    [ -n "$scope" ] || continue
-    [ "$scope" = demo ] || [ "$1" = test ] || continue
+  needs_of "$1" | while read -r scope kind what package; do
     case $kind in
       command) PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin command -v "$what" >/dev/null || echo "$package" ;;
       file) [ -e "$what" ] || echo "$package" ;;
       package) is_installed "$what" || echo "$package" ;;
     esac
-  done <<<"$NEEDS" | sort -u
+  done | sort -u
 }
 
 accounts() { { sed 's/^\([^:]*\):.*/user \1/' /etc/passwd; sed 's/^\([^:]*\):.*/group \1/' /etc/group; } | sort; }
@@ -227,8 +238,9 @@ clean() {
 }
 
 case "${1:-} ${2:-}" in
-  "install demo" | "install test") install_for "$2" ;;
-  "missing demo" | "missing test") missing_for "$2" ;;
+  "install demo" | "install test" | "install vm") install_for "$2" ;;
+  "missing demo" | "missing test" | "missing vm") missing_for "$2" ;;
+  "packages demo" | "packages test" | "packages vm") needs_of "$2" | awk '{ print $4 }' | sort -u ;;
   "clean ") clean ;;
-  *) fail "usage: scripts/host.sh install demo|test, missing demo|test, or clean" ;;
+  *) fail "usage: scripts/host.sh install|missing|packages demo|test|vm, or clean" ;;
 esac

@@ -46,11 +46,12 @@ from dispatcher_docker_shim.config import parse
 from dispatcher_docker_shim.runtime import DockerRuntime
 from dispatcher_images.config import ImagesConfig
 from dispatcher_images.provider import OciImages
+from tests.lab.child import patient
 from tests.lab.engine import Engine
 from tests.lab.images import UPSTREAM_HOSTS
 from tests.lab.registry import Registry
 
-DEADLINE_S = 30.0
+DEADLINE_S = patient(30)
 
 
 @dataclass

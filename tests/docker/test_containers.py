@@ -11,6 +11,7 @@ import pytest
 from dispatcher.errors import InvalidRequest, WrongState
 from dispatcher.model import Liveness, Resources
 from tests.docker.kit import World, container_spec, env, texts
+from tests.lab.child import patient
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="session")]
 MIB = 1 << 20
@@ -212,7 +213,7 @@ async def test_engine_copy_goes_with_the_image(world: World) -> None:
     assert len(copies()) == 1
     await world.runtime.remove_container(container)
     world.images.release(container.id)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while copies():
             await asyncio.sleep(0.02)
     assert (await engine.copies_disk_usage())[0].used_bytes < before

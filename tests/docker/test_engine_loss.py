@@ -16,7 +16,7 @@ import pytest_asyncio
 from dispatcher.errors import RuntimeDown
 from dispatcher.model import Liveness, ObservedContainer, ObservedPod
 from tests.docker.kit import DEADLINE_S, World, container_spec
-from tests.lab.child import PartMissingError
+from tests.lab.child import PartMissingError, patient
 from tests.lab.engine import Engine
 from tests.lab.images import TestImages
 from tests.lab.registry import Registry
@@ -83,7 +83,7 @@ async def test_killed_with_live_restore(own: World, busybox: str) -> None:
     own.engine.start()
     await own.until_ready()
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(patient(60)):
         while len(lines) < 3000:
             lines.append((await anext(stream)).data)
     assert lines == [b"line %d\n" % number for number in range(3000)]
@@ -154,7 +154,7 @@ async def test_frozen_engine_costs_a_deadline_once(own: World, busybox: str) -> 
     container = await own.run(pod, busybox, container_spec("sleep", "1000"))
     own.engine.pause()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(patient(20)):
             while not own.runtime._link.client._away:
                 await asyncio.sleep(0.05)
         await fails_fast(own, within_s=5)

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from dispatcher.model import Stream
 from tests.docker.kit import World, container_spec, take, texts
+from tests.lab.child import patient
 from tests.lab.engine import Engine
 from tests.lab.images import TestImages
 from tests.lab.registry import Registry
@@ -80,7 +81,7 @@ async def test_following_while_it_runs(logging_world: World, busybox: str) -> No
     first = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
     await world.runtime.start_container(container)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(patient(20)):
         assert (await first).data == b"a\n"
         process = await world.runtime.attach(container, stdin=True, stdout=False, stderr=False)
         await process.write_stdin(b"typed\n")

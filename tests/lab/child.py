@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+# How many times longer than usual this machine may take: more than 1 where everything is emulated. Every wait is scaled
+# by it, so that a slow machine is no fault; what a test claims about times of its own is not.
+PATIENCE = float(os.environ.get("DISPATCHER_LAB_PATIENCE") or 1)
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -54,16 +57,21 @@ def lab_folder(kind: str) -> Path:
     return path
 
 
+def patient(seconds: float) -> float:
+    """Scale a limit for waiting to this machine."""
+    return seconds * PATIENCE
+
+
 def wait_until(claim: Callable[[], bool], *, timeout_s: float, what: str, interval_s: float = 0.02) -> None:
-    """Poll a claim about another process until it holds.
+    """Poll a claim about another process until it holds, for `patient(timeout_s)`.
 
     Raises:
         TimeoutError: The claim did not hold in time; the message is `what`.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while not claim():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} (waited {timeout_s:g} s)")
+            raise TimeoutError(f"{what} (waited {patient(timeout_s):g} s)")
         time.sleep(interval_s)
 
 
@@ -131,7 +139,7 @@ class Child:
             return 0
         self.signal(signal.SIGTERM)
         try:
-            return self._process.wait(timeout_s)
+            return self._process.wait(patient(timeout_s))
         except subprocess.TimeoutExpired:
             self.kill()
             return self._process.wait()

@@ -21,7 +21,7 @@ from typing import Any, Self
 import grpc
 
 from dispatcher.cri import api_pb2 as pb
-from tests.lab.child import lab_folder, wait_until
+from tests.lab.child import lab_folder, patient, wait_until
 from tests.lab.images import BUSYBOX
 
 REQUEST_TIMEOUT_S = 120.0
@@ -124,17 +124,21 @@ class CriClient:
     def rpc(self, method: str, request: Any = None, *, timeout_s: float | None = None) -> Any:
         """Call a unary method of either service. A missing request is the method's empty one."""
         call, empty = self._call(method)
-        return call(empty() if request is None else request, timeout=timeout_s or self.timeout_s, wait_for_ready=True)
+        return call(empty() if request is None else request, timeout=self._limit(timeout_s), wait_for_ready=True)
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return patient(self.timeout_s if timeout_s is None else timeout_s)
 
     def future(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
         """Start a unary call; the result has `cancel`, `result`, `code` and `details`."""
         call, _empty = self._call(method)
-        return call.future(request, timeout=timeout_s or self.timeout_s, wait_for_ready=True)  # type: ignore[attr-defined]
+        return call.future(request, timeout=self._limit(timeout_s), wait_for_ready=True)  # type: ignore[attr-defined]
 
     def stream(self, method: str, request: Any = None, *, timeout_s: float | None = None) -> Any:
         """Open a streaming method; iterate over the result, `cancel` it in the end."""
         call, empty = self._call(method)
-        return call(empty() if request is None else request, timeout=timeout_s, wait_for_ready=True)
+        limit = None if timeout_s is None else patient(timeout_s)
+        return call(empty() if request is None else request, timeout=limit, wait_for_ready=True)
 
     def unimplemented(self, method: str, request: Any = None) -> bool:
         """Whether the endpoint answers UNIMPLEMENTED to a method."""
@@ -401,8 +405,9 @@ class ContainerHandle:
         )
         return self.status()
 
-    def exec(self, *command: str, timeout_s: int = 20) -> Ran:
+    def exec(self, *command: str, timeout_s: int | None = None) -> Ran:
         """ExecSync."""
+        timeout_s = int(patient(20)) if timeout_s is None else timeout_s
         request = pb.ExecSyncRequest(container_id=self.id, cmd=command, timeout=timeout_s)
         reply = self._client.rpc("ExecSync", request, timeout_s=timeout_s + self._client.timeout_s)
         return Ran(

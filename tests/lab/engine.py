@@ -23,9 +23,11 @@ from urllib.parse import quote
 
 from tests.lab.child import Child, PartMissingError, find_program, has_capability, lab_folder, require_root, wait_until
 from tests.lab.http import Reply, request
-from tests.lab.sweep import bridge_of, sweep
+from tests.lab.sweep import bridge_of, slice_of, sweep
 
 _CAP_SYS_RESOURCE = 24
+# The cgroup driver of private engines, and so of the nodes that use them: cgroupfs, or systemd where it is PID 1.
+CGROUP_DRIVER = os.environ.get("DISPATCHER_LAB_CGROUP_DRIVER") or "cgroupfs"
 # Link-local and used by nobody: no container is ever attached to the engine's own bridge.
 _BRIDGE_ADDRESS = "169.254.213.1/30"
 # Up to this major version the daemon writes a key below /etc unless it is told another place.
@@ -55,7 +57,7 @@ class Engine:
 
         self.root = lab_folder("engine")
         self.socket = self.root / "docker.sock"
-        self.cgroup_parent = f"/{self.root.name}"
+        self.cgroup_parent = f"/{self.root.name}" if CGROUP_DRIVER == "cgroupfs" else slice_of(self.root)
         self.bridge = bridge_of(self.root)
         self._config = self.root / "daemon.json"
         self._settings = self._make_settings(live_restore=live_restore, extra=extra or {})
@@ -74,7 +76,7 @@ class Engine:
             "ip-masq": False,
             "userland-proxy": False,
             "live-restore": live_restore,
-            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "exec-opts": [f"native.cgroupdriver={CGROUP_DRIVER}"],
             "cgroup-parent": self.cgroup_parent,
             "log-level": "warn",
         }

@@ -21,9 +21,9 @@ from typing import Any
 
 import grpc
 
-from tests.lab.child import Child, find_program, lab_folder, require_root
+from tests.lab.child import Child, find_program, lab_folder, patient, require_root
 from tests.lab.client import CriClient
-from tests.lab.engine import Engine
+from tests.lab.engine import CGROUP_DRIVER, Engine
 from tests.lab.images import UPSTREAM_HOSTS
 from tests.lab.registry import Registry
 from tests.lab.sweep import bridge_of, sweep
@@ -89,7 +89,7 @@ class Node:
             "run_dir": str(self.run_dir),
             "policy": str(self.policy_path),
             "metrics": {"listen": "127.0.0.1:0"},
-            "cgroup_driver": "cgroupfs",
+            "cgroup_driver": CGROUP_DRIVER,
             "logging": {"level": "debug", "format": "text"},
             "plugins": {
                 "docker_shim": {"socket": str(self.engine.socket)},
@@ -129,7 +129,7 @@ class Node:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=patient(120),
             env={**os.environ, "DISPATCHER_ENDPOINT": f"unix://{self.socket}"},
         )
 

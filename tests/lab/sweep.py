@@ -31,7 +31,8 @@ def sweep(root: Path) -> None:
     for point in reversed(_mounts_below(root)):
         subprocess.run(["umount", "-l", point], check=False, capture_output=True)
     # os.walk passes over folders that vanish meanwhile: other engines come and go.
-    found = [Path(at, root.name) for at, names, _ in os.walk("/sys/fs/cgroup") if root.name in names]
+    own = {root.name, slice_of(root)}
+    found = [Path(at, name) for at, names, _ in os.walk("/sys/fs/cgroup") for name in own.intersection(names)]
     for folder in found:
         for inner in sorted(folder.glob("**/"), key=lambda path: len(path.parts), reverse=True):
             with suppress(OSError):
@@ -58,6 +59,11 @@ def lab_folder_parent() -> str:
 def bridge_of(root: Path) -> str:
     """The bridge that belongs to a lab folder, within the kernel's 15 characters."""
     return "crilab" + root.name[-8:].replace("_", "-")
+
+
+def slice_of(root: Path) -> str:
+    """The systemd slice that belongs to a lab folder. A hyphen in its name would make it a child of another slice."""
+    return f"{root.name.replace('-', '_')}.slice"
 
 
 def _alive(pid: int) -> bool:
