@@ -33,30 +33,36 @@ class CgroupFolders:
         return self.unified if self.version == 2 else self.paths.get(controller)
 
 
-def find_cgroup_of_process(pid: int, root: Path = ROOT) -> CgroupFolders | None:
-    """The cgroup of a process, or None where it is gone or its cgroups are not visible here."""
+def find_cgroup_of_process(pid: int, root: Path = ROOT, *, owner: str = "") -> CgroupFolders | None:
+    """The cgroup of a process, or None where it is gone or its cgroups are not visible here.
+
+    A container may divide its cgroup and put its processes into the parts, as an init system does. With `owner`, the id
+    that an engine puts into its cgroups' names, the whole is found; None where the process is in no such cgroup.
+    """
     try:
         with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
             text = file.read()
     except OSError:
         return None
-    return _parse(text, root)
+    return _parse(text, root, owner)
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: bytes, root: Path) -> CgroupFolders | None:
+def _parse(text: bytes, root: Path, owner: str) -> CgroupFolders | None:
     """The membership of a process hardly ever changes, and is asked for again and again."""
-    return parse_membership(text.decode("utf-8", "surrogateescape").splitlines(), root)
+    return parse_membership(text.decode("utf-8", "surrogateescape").splitlines(), root, owner=owner)
 
 
-def parse_membership(lines: Iterable[str], root: Path = ROOT) -> CgroupFolders | None:
-    """Read the lines of /proc/PID/cgroup."""
+def parse_membership(lines: Iterable[str], root: Path = ROOT, *, owner: str = "") -> CgroupFolders | None:
+    """Read the lines of /proc/PID/cgroup; `owner` as in `find_cgroup_of_process`."""
     names: dict[str, str] = {}
     unified: str | None = None
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        relative = path.strip("/")
+        relative = _up_to(owner, path.strip("/")) if owner else path.strip("/")
+        if relative is None:
+            continue
         if number == "0" and not controllers:
             unified = relative
         else:
@@ -70,6 +76,12 @@ def parse_membership(lines: Iterable[str], root: Path = ROOT) -> CgroupFolders |
     if unified is not None:
         return CgroupFolders(version=2, paths={}, unified=root / unified, name=f"/{unified}")
     return None
+
+
+def _up_to(owner: str, path: str) -> str | None:
+    """The path to the first part that has the owner's id in its name. What lies below is the container's own doing."""
+    parts = path.split("/")
+    return next(("/".join(parts[: at + 1]) for at, part in enumerate(parts) if owner in part), None)
 
 
 def find_cgroup_of_parent(cgroup_parent: str, root: Path = ROOT) -> CgroupFolders | None:

@@ -13,6 +13,7 @@ from dispatcher.model import HugepageLimit, Resources
 from dispatcher_docker_shim import cgroups, host
 from dispatcher_docker_shim.limits_in_force import in_force
 from tests.docker.kit import World, container_spec, pod_spec, take
+from tests.lab.engine import CGROUP_DRIVER
 
 pytestmark = [pytest.mark.lab, pytest.mark.asyncio(loop_scope="session")]
 MIB = 1 << 20
@@ -62,6 +63,9 @@ async def test_limits_are_in_force_and_can_be_changed(world: World, busybox: str
 async def test_cgroup_parent_of_the_pod(world: World, busybox: str) -> None:
     """Pause and containers live below the cgroup that the kubelet made for the pod."""
     parent = f"{world.engine.cgroup_parent}/kubepods/pod-x"
+    if CGROUP_DRIVER == "systemd":
+        top = world.engine.cgroup_parent.removesuffix(".slice")
+        parent = f"/{top}.slice/{top}-kubepods.slice/{top}-kubepods-podx.slice"
     pod = await world.make_pod(pod_spec(cgroup_parent=parent))
     container = await world.run(pod, busybox, container_spec("sleep", "1000"))
     for name in (f"cri_{pod.id}", f"cri_{container.id}"):

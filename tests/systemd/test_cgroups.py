@@ -61,7 +61,8 @@ def cri(request: pytest.FixtureRequest, test_images: TestImages) -> Iterator[Cri
 
 def cgroup_of(engine: Engine, container_id: str) -> CgroupFolders:
     """The cgroup of a container's first process, by what we use for usage and limits."""
-    where = find_cgroup_of_process(engine.inspect(f"cri_{container_id}")["State"]["Pid"])
+    found = engine.inspect(f"cri_{container_id}")
+    where = find_cgroup_of_process(found["State"]["Pid"], owner=found["Id"])
     assert where is not None
     return where
 

@@ -107,7 +107,18 @@ def _test(options: argparse.Namespace) -> int:
     ]
     for driver in drivers:
         argv = [
-            *("python", "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "--durations=15"),
+            *(
+                "python",
+                "-m",
+                "pytest",
+                "-v",
+                "--color=no",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "tests.vm.live",
+                "--durations=15",
+            ),
             f"--timeout={TIMEOUT_S * patience:.0f}",
             f"--junit-xml=/vm/results/{driver}.xml",
             *(options.pytest or SELECTION[driver]),

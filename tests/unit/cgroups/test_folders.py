@@ -27,6 +27,24 @@ def test_membership_of_each_version(tmp_path: Path) -> None:
     assert parse_membership([], tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("0::/kubepods.slice/docker-c1.scope", "/kubepods.slice/docker-c1.scope"),
+        ("0::/kubepods.slice/docker-c1.scope/init.scope", "/kubepods.slice/docker-c1.scope"),
+        ("0::/pods/c1/c1/c1", "/pods/c1"),
+        ("0::/kubepods.slice/docker-c2.scope", None),
+        ("0::/", None),
+        ("4:memory:/pods/c1/inner", "/pods/c1"),
+        ("4:memory:/pods/c2", None),
+    ],
+)
+def test_a_container_that_divides_its_cgroup(tmp_path: Path, line: str, name: str | None) -> None:
+    """Whatever a container makes below, its cgroup is the one with its id; a pid that was reused has none."""
+    found = parse_membership([line], tmp_path, owner="c1")
+    assert (found.name if found else None) == name
+
+
 def test_the_cgroup_of_a_pod_by_its_name(tmp_path: Path) -> None:
     """Only what is there is found; a host with version 2 is told by its root."""
     assert find_cgroup_of_parent("/kubepods/pod1", tmp_path) is None

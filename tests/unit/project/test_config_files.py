@@ -103,6 +103,7 @@ def test_unit_leaves_pods_alone(loaded: LoadedConfig) -> None:
     assert service["KillMode"] == "process"
     assert service["Delegate"] == "yes"
     assert service["Type"] == "notify"
+    assert service["TimeoutStartSec"] == "infinity"
     assert service["RuntimeDirectoryPreserve"] == "yes"
     assert Path("/run") / service["RuntimeDirectory"] == loaded.config.run_dir
     assert Path("/var/lib") / service["StateDirectory"] == loaded.config.state_dir

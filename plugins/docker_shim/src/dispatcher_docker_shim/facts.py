@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dispatcher.api import ContainerRef, PodRef
 from dispatcher.errors import RuntimeDown
@@ -25,10 +25,17 @@ _LOOK_AGAIN_S = 0.05
 _AFTER_GAP_S = 0.1
 
 
+class FirstProcess(NamedTuple):
+    """The first process of a running container, and the engine's id, which its cgroup's name has in it."""
+
+    pid: int
+    engine_id: str
+
+
 class EngineFacts:
     """Answers what the engine knows of our objects.
 
-    `pids` holds the first processes of running containers, `layers` the folders of all writable layers ("" where the
+    `processes` holds the first processes of running containers, `layers` the folders of all writable layers ("" where the
     engine tells none), by the engine's names.
     """
 
@@ -37,7 +44,7 @@ class EngineFacts:
         self._oom = oom
         self._node_uuid = node_uuid
         self._threads = threads
-        self.pids: dict[str, int] = {}
+        self.processes: dict[str, FirstProcess] = {}
         self.layers: dict[str, str] = {}
 
     async def of_exactly(self, pods: tuple[PodRef, ...], containers: tuple[ContainerRef, ...]) -> Snapshot:
@@ -108,7 +115,7 @@ class EngineFacts:
         rows = await self._link.client.list_by_labels({naming.NODE_LABEL: self._node_uuid})
         names = [name_of(row) for row in rows if naming.is_ours(row.get("Labels"), self._node_uuid)]
         found = await self._inspect_all(names)
-        self.pids.clear()
+        self.processes.clear()
         self.layers.clear()
         for name, item in found.items():
             self._note(name, item)
@@ -122,7 +129,7 @@ class EngineFacts:
         """Full facts of one object, or None when it has to be looked at again a little later."""
         found = await self._link.client.find(name)
         if found is None:
-            self.pids.pop(name, None)
+            self.processes.pop(name, None)
             self.layers.pop(name, None)
             object_id = naming.object_id(name)
             return Change(
@@ -167,9 +174,9 @@ class EngineFacts:
         self.layers[name] = _layer_of(found)
         pid = int(found["State"].get("Pid") or 0)
         if pid and not _is_pod(found):
-            self.pids[name] = pid
+            self.processes[name] = FirstProcess(pid, str(found["Id"]))
         else:
-            self.pids.pop(name, None)
+            self.processes.pop(name, None)
 
 
 async def all_of(work: Iterable[Awaitable[T]]) -> list[T]:

@@ -81,7 +81,7 @@ class DockerRuntime:
         self._oom = OomWitness(config.oom_settle_s)
         self._facts = EngineFacts(self._link, self._oom, node_uuid=self._node_uuid, threads=config.threads)
         self._usage = UsageReader(
-            self._link, self._facts.pids, self._facts.layers, node_uuid=self._node_uuid, now_ns=services.now_ns
+            self._link, self._facts.processes, self._facts.layers, node_uuid=self._node_uuid, now_ns=services.now_ns
         )
         self._stopping = Stopping(self._client, self._events, kill_deadline_s=config.kill_deadline_s)
         self._folders = FolderWatch()
@@ -232,7 +232,7 @@ class DockerRuntime:
         pid = int(found["State"].get("Pid") or 0)
         if wanted is None or not pid or not (wanted.hugepage_limits or wanted.unified):
             return
-        where = find_cgroup_of_process(pid)
+        where = find_cgroup_of_process(pid, owner=str(found["Id"]))
         if where is None:
             return  # it ended at once
         try:
@@ -269,7 +269,7 @@ class DockerRuntime:
         granted = replace(granted, oom_score_adj=int(found["HostConfig"].get("OomScoreAdj") or 0))
         cgroups.check_extra(wanted.hugepage_limits, wanted.unified, version=traits.cgroup_version)
         pid = int(found["State"].get("Pid") or 0)
-        where = find_cgroup_of_process(pid) if pid else None
+        where = find_cgroup_of_process(pid, owner=str(found["Id"])) if pid else None
         if where is None:
             await self._client.update(name, limits)
             return granted  # extras are written when it starts

@@ -9,24 +9,24 @@ from dispatcher.api import ContainerRef, ContainerUsage, find_cgroup_of_process,
 from dispatcher.model import ContainerId, FilesystemUsage, Usage
 from dispatcher_docker_shim import naming
 from dispatcher_docker_shim.engine import EngineLink
-from dispatcher_docker_shim.facts import name_of
+from dispatcher_docker_shim.facts import FirstProcess, name_of
 from dispatcher_docker_shim.layers import Layer, LayerMeter
 
 
 class UsageReader:
-    """Measures. `pids` are the first processes of running containers, `folders` the writable layers of all, by name."""
+    """Measures. `processes` are the first processes of running containers, `folders` the writable layers of all, by name."""
 
     def __init__(
         self,
         link: EngineLink,
-        pids: Mapping[str, int],
+        processes: Mapping[str, FirstProcess],
         folders: Mapping[str, str],
         *,
         node_uuid: str,
         now_ns: Callable[[], int],
     ) -> None:
         self._link = link
-        self._pids = pids
+        self._processes = processes
         self._node_uuid = node_uuid
         self._now_ns = now_ns
         self._layers = LayerMeter(folders, self._ask_sizes, now_ns=now_ns)
@@ -40,7 +40,7 @@ class UsageReader:
     ) -> tuple[ContainerUsage, ...]:
         """Usage of those that run; the others are left out."""
         names = {container.id: naming.engine_name(container.id) for container in containers}
-        running = {object_id: self._pids[name] for object_id, name in names.items() if name in self._pids}
+        running = {object_id: self._processes[name] for object_id, name in names.items() if name in self._processes}
         layers, usages = await asyncio.gather(
             self._layers.measure(names.values()), asyncio.to_thread(_read_all, running, detailed, self._now_ns)
         )
@@ -72,11 +72,13 @@ class UsageReader:
         return {name_of(row): int(row.get("SizeRw") or 0) for row in rows}
 
 
-def _read_all(pids: Mapping[ContainerId, int], detailed: bool, now_ns: Callable[[], int]) -> dict[ContainerId, Usage]:
+def _read_all(
+    processes: Mapping[ContainerId, FirstProcess], detailed: bool, now_ns: Callable[[], int]
+) -> dict[ContainerId, Usage]:
     """One pass. Which cgroup it is comes from the kernel: a pid that was reused belongs to another one."""
     found = {}
-    for object_id, pid in pids.items():
-        where = find_cgroup_of_process(pid)
+    for object_id, (pid, engine_id) in processes.items():
+        where = find_cgroup_of_process(pid, owner=engine_id)
         usage = read_usage(where, detailed=detailed, now_ns=now_ns) if where is not None else None
         if where is not None and usage is not None:
             found[object_id] = read_processes(where, usage, first_pid=pid) if detailed else usage
