@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cri
+from bench import cri, streams
 from tests.lab.child import wait_until
 from tests.lab.images import BUSYBOX, TestImages
 from tests.lab.node import Node
@@ -58,3 +58,15 @@ def test_a_small_run(node: Callable[..., Node], test_images: TestImages) -> None
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not own.socket.exists(), timeout_s=30, what="the daemon does not end")
     own.stop()
+
+
+def test_streams_are_measured(node: Callable[..., Node], test_images: TestImages) -> None:
+    """Each kind of transfer arrives whole, and leaves nothing."""
+    del test_images
+    own = node()
+    socket = cri.Socket("dispatcher", str(own.socket))
+    results = streams.run([socket], rounds=1, trips=1, mib=1, say=lambda _text: None)
+    assert {"exec round trip", "exec stdout 1 MiB", "port-forward to pod 1 MiB"} <= set(results.samples)
+    assert all(len(samples["dispatcher"]) == 1 for samples in results.samples.values())
+    assert results.facts["exec stdin 1 MiB, MiB/s"]["dispatcher"] > 0
+    assert own.client().pods() == []
