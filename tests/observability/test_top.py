@@ -26,7 +26,9 @@ def used(node: Callable[..., Node], test_images: TestImages) -> Iterator[tuple[N
 def test_who_works_is_seen(used: tuple[Node, CriClient]) -> None:
     node, client = used
     with client.run_pod() as pod:
-        busy = pod.run(command=["sh", "-c", "while :; do :; done"])
+        busy = pod.run(
+            command=["sh", "-c", "while :; do echo x | nc -u -w 1 10.255.255.1 9; done & while :; do :; done"]
+        )
         idle = pod.run(command=["sleep", "1d"])
         ended = node.command("top", "--once", "--interval", "1", "-o", "json")
         page = node.command("top", "--once", "--interval", "0.5", pod.id[:12])
@@ -36,6 +38,9 @@ def test_who_works_is_seen(used: tuple[Node, CriClient]) -> None:
     assert figures[busy.id]["cpu_millicores"] > 100 > figures[idle.id]["cpu_millicores"]
     assert 0 < figures[idle.id]["memory_bytes"] < 64 << 20
     assert row["cpu_millicores"] >= figures[busy.id]["cpu_millicores"] / 2
+    assert row["memory_bytes"] >= figures[idle.id]["memory_bytes"]
+    assert row["network_sent_bytes"] > 0
+    assert row["network_sent_bytes_per_s"] >= 0
     assert page.returncode == 0
     lines = page.stdout.splitlines()
     assert lines[0].split()[:4] == ["ID", "POD", "CONTAINER", "CPU(m)"]
