@@ -249,8 +249,9 @@ def measure(kind: Callable[[Scene], None], scene: Scene, pid: int, other: Contai
                 with RemoteCommand(other.pod.client.rpc("Exec", request).url, stderr=False) as session:
                     assert session.read_all(session.stdout) == b"fine\n"
                     assert session.result()["status"] == "Success"
-            except (OSError, AssertionError, ValueError, grpc.RpcError):
+            except (OSError, AssertionError, ValueError, grpc.RpcError) as error:
                 found.failed += 1
+                print(f"bench: an exec failed: {error!r}", file=sys.stderr, flush=True)
             found.exec_ms.append((time.perf_counter() - began) * 1000)
 
     threads = [threading.Thread(target=work, daemon=True) for work in (watch, use)]

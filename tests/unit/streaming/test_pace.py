@@ -32,20 +32,24 @@ async def test_a_burst_is_free_and_what_follows_is_paid_for(
     monkeypatch.setattr(time, "thread_time", lambda: used[0])
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     session = Pace()
-    with session:
-        used[0] += pace.BURST_S
+    for _ in range(1000):
+        with session.reading(65536):
+            used[0] += 0.001  # ten times what data costs
+        await session.rest()
+    with session.reading(0):
+        used[0] += 0.9 * pace.BURST_S + pace.FREE_S
     await session.rest()
     assert slept == []
-    with session:
-        used[0] += 0.01
+    with session.reading(0):
+        used[0] += 0.01 + 0.1 * pace.BURST_S + pace.FREE_S
     await session.rest()
     assert slept == [pytest.approx(0.01 / pace.SHARE)]
     now[0] += 10.0  # all is paid
-    with session:
+    with session.reading(0):
         used[0] += pace.BURST_S / 2
     await session.rest()
     assert len(slept) == 1
-    with session:
+    with session.reading(0):
         used[0] += 60.0
     await session.rest()
     assert slept[1:] == [pace.MOST_S]
@@ -78,3 +82,27 @@ async def test_floods_of_the_smallest_frames_are_held_back(kind: str, monkeypatc
         async with asyncio.timeout(20):
             while not any(rested):
                 await asyncio.wait({asyncio.ensure_future(peer.reader.read(65536))}, timeout=0.05)
+
+
+async def test_data_is_never_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    rested: list[float] = []
+    rest = Pace.rest
+
+    async def noted(self: Pace) -> None:
+        rested.append(self._debt_s)
+        await rest(self)
+
+    monkeypatch.setattr(Pace, "rest", noted)
+    process = Told(stays=True)
+    async with served(process) as world, dialled(world.exec_url(stdin=True)) as peer:
+        peer.open("error", "stdin", "stdout")
+        await peer.until(lambda: len(peer.events) == 3)
+        block = peer.spdy.send(3, b"x" * 32768)
+        for _ in range(1000):
+            peer.writer.write(block)
+            await peer.writer.drain()
+        async with asyncio.timeout(20):
+            while len(process.taken) < 32768 * 1000:
+                await asyncio.sleep(0.01)
+    assert len(rested) >= 500
+    assert max(rested) < pace.BURST_S

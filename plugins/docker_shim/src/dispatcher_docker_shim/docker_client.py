@@ -23,6 +23,8 @@ from dispatcher_docker_shim.errors import EngineAway, EngineConflict, from_statu
 T = TypeVar("T")
 Json = dict[str, Any]
 
+_SIZE_PAUSE_S = 0.02
+
 
 class DockerClient:
     """Unary calls to one engine. Methods may be called concurrently; cancelling one abandons its thread's answer."""
@@ -40,6 +42,7 @@ class DockerClient:
         self._away = self._closed = False
         self.on_doubt: Callable[[], None] = lambda: None
         self._creating: dict[str, asyncio.Future[Any]] = {}
+        self._sizing = asyncio.Semaphore(1)
 
     @property
     def api(self) -> str:
@@ -165,7 +168,7 @@ class DockerClient:
 
     async def resize(self, name: str, width: int, height: int) -> None:
         """Resize a container's terminal. Raises EngineConflict when it does not run."""
-        await self._call("resize a terminal", lambda c: c.resize(name, height=height, width=width))
+        await self._size(lambda c: c.resize(name, height=height, width=width))
 
     @effect("docker.create_exec")
     async def create_exec(self, name: str, command: tuple[str, ...], *, stdin: bool, tty: bool) -> str:
@@ -178,7 +181,13 @@ class DockerClient:
 
     async def resize_exec(self, exec_id: str, width: int, height: int) -> None:
         """Resize an exec's terminal."""
-        await self._call("resize a terminal", lambda c: c.exec_resize(exec_id, height=height, width=width))
+        await self._size(lambda c: c.exec_resize(exec_id, height=height, width=width))
+
+    async def _size(self, function: Callable[[Any], None]) -> None:
+        """One terminal at a time, with a pause: clients may send sizes without end, and no other call may wait for that."""
+        async with self._sizing:
+            await self._call("resize a terminal", function)
+            await asyncio.sleep(_SIZE_PAUSE_S)
 
     @effect("docker.load_image")
     async def load(self, archive: Path) -> None:

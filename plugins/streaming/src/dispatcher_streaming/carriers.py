@@ -217,7 +217,7 @@ class WebSocketCarrier:
         try:
             while self._is_open():
                 if data:
-                    with self._pace:
+                    with self._pace.reading(len(data)):
                         self._protocol.receive_data(data)
                         messages = self._messages()
                     await self._flush()

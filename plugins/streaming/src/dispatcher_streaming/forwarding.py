@@ -124,7 +124,7 @@ class _Session:
         await self._take(opening)
         pace = Pace()
         async for received in self._carrier.read():
-            with pace:
+            with pace.reading(len(received)):
                 events, answer = self._session.receive(received)
             await self.send(answer)
             if not await self._take(events):

@@ -61,7 +61,7 @@ async def run_spdy_command(
 
     async def read() -> None:
         async for data in carrier.read():
-            with pace:
+            with pace.reading(len(data)):
                 events, answer = session.receive(data)
                 runner.take(events)
             await carrier.write(answer)
@@ -95,7 +95,7 @@ async def run_websocket_command(
     async def read() -> None:
         runner.take([remotecommand.Ready()])
         async for message in carrier.read():
-            with pace:
+            with pace.reading(len(message)):
                 runner.take(session.receive(message))
             await runner.settle(carrier)
             await pace.rest()
