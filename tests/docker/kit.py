@@ -47,7 +47,7 @@ from dispatcher_docker_shim.runtime import DockerRuntime
 from dispatcher_images.config import ImagesConfig
 from dispatcher_images.provider import OciImages
 from tests.lab.child import patient
-from tests.lab.engine import Engine
+from tests.lab.engine import Engine, engine_section
 from tests.lab.images import UPSTREAM_HOSTS
 from tests.lab.registry import Registry
 
@@ -85,7 +85,7 @@ class World:
         images = OciImages(ImagesConfig.model_validate({"mirrors": mirrors}), base)
         await images.start(())
         services = replace(base, state_dir=folder / "docker", images=images)
-        settings = {"socket": str(engine.socket), **section}
+        settings = {**engine_section(engine.socket), **section}
         world = cls(engine, folder, images, DockerRuntime(parse(settings), services), services, settings)
         await world.begin()
         return world

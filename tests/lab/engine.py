@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tests.lab.child import Child, PartMissingError, find_program, has_capability, lab_folder, require_root, wait_until
+from tests.lab.child import (
+    PATIENCE,
+    Child,
+    PartMissingError,
+    find_program,
+    has_capability,
+    lab_folder,
+    patient,
+    require_root,
+    wait_until,
+)
 from tests.lab.http import Reply, request
 from tests.lab.sweep import bridge_of, slice_of, sweep
 
@@ -32,6 +42,19 @@ CGROUP_DRIVER = os.environ.get("DISPATCHER_LAB_CGROUP_DRIVER") or "cgroupfs"
 _BRIDGE_ADDRESS = "169.254.213.1/30"
 # Up to this major version the daemon writes a key below /etc unless it is told another place.
 _LAST_MAJOR_WITH_TRUST_KEY = 23
+
+
+def engine_section(socket: Path) -> dict[str, object]:
+    """The settings of a Docker runtime on a private engine: its socket, and deadlines as long as this machine is slow."""
+    if PATIENCE == 1:
+        return {"socket": str(socket)}
+    # Limits of the schema bound them as well.
+    deadlines = {
+        "call_deadline_s": min(patient(30), 600),
+        "ping_deadline_s": min(patient(2), 60),
+        "kill_deadline_s": min(patient(15), 600),
+    }
+    return {"socket": str(socket), **deadlines}
 
 
 class Engine:

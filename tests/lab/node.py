@@ -23,7 +23,7 @@ import grpc
 
 from tests.lab.child import Child, find_program, lab_folder, patient, require_root
 from tests.lab.client import CriClient
-from tests.lab.engine import CGROUP_DRIVER, Engine
+from tests.lab.engine import CGROUP_DRIVER, Engine, engine_section
 from tests.lab.images import UPSTREAM_HOSTS
 from tests.lab.registry import Registry
 from tests.lab.sweep import bridge_of, sweep
@@ -92,7 +92,7 @@ class Node:
             "cgroup_driver": CGROUP_DRIVER,
             "logging": {"level": "debug", "format": "text"},
             "plugins": {
-                "docker_shim": {"socket": str(self.engine.socket)},
+                "docker_shim": engine_section(self.engine.socket),
                 "images": {"mirrors": mirrors},
                 "cni": {"conf_dirs": [str(self.cni_dir)], "bin_dirs": list(CNI_BIN_DIRS)},
             },
