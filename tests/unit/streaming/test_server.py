@@ -7,12 +7,14 @@ import base64
 import json
 import socket
 import ssl
+import struct
 from pathlib import Path
 
 import pytest
 
 from dispatcher.errors import OutOfResources, RuntimeDown
 from dispatcher_streaming import remotecommand, server, sessions
+from dispatcher_streaming.carriers import Link
 from dispatcher_streaming.config import StreamingConfig
 from dispatcher_streaming.provider import Streaming
 from tests.lab.child import PartMissingError
@@ -189,6 +191,27 @@ async def test_the_server_closes_only_after_the_client_has_read(monkeypatch: pyt
                 assert b'"3"' in peer.data[1]
             else:
                 assert any(b'"3"' in part for part in unframed(await peer.closed()))
+
+
+async def test_a_reset_while_the_end_is_read_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lingering = asyncio.Event()
+    linger = Link.linger
+
+    async def told(self: Link) -> None:
+        lingering.set()
+        await linger(self)
+
+    monkeypatch.setattr(Link, "linger", told)
+    async with served(Told(65536)) as world, dialled(world.exec_url()) as peer:
+        peer.open("error", "stdout")
+        await within(lingering.wait())
+        accepted = peer.writer.get_extra_info("socket")
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.writer.transport.abort()
+        await within(lambda: not world.streaming._server._sessions)  # type: ignore[union-attr]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_peers_that_vanish_are_looked_for_by_the_kernel() -> None:

@@ -124,7 +124,7 @@ class Link:
         """Bytes that the client's kernel has not taken yet."""
         try:
             raw = fcntl.ioctl(self._writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
-        except OSError:
+        except (OSError, ValueError):  # a ValueError where the client reset the connection, and it is closed already
             return 0
         return int(struct.unpack("i", raw)[0]) + self._writer.transport.get_write_buffer_size()
 
