@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +19,7 @@ from typing import Any
 from dispatcher_hyper_vm.agent.values import ContainerSetup, Rootfs
 from dispatcher_hyper_vm.guest.exec import compile_agent
 from tests.lab.child import PartMissingError
+from tests.lab.images import base_tree
 
 _NAMESPACES = ["--mount", "--uts", "--ipc", "--net", "--cgroup", "--pid", "--fork", "--kill-child"]
 _ALL_CAPS = ("bounding", "permitted", "effective")
@@ -71,9 +75,9 @@ class HostAgent:
         self.root = self.folder / "root"
         self.socket = str(self.folder / "agent.sock")
         self._cgroup = _cgroup2() / f"cri-agent-{os.getpid()}-{self.folder.name}"
-        for name in ("proc", "sys", "dev", "run", "img/bin", "img/etc", "img/tmp"):
+        for name in ("proc", "sys", "dev", "run", "img"):
             (self.root / name).mkdir(parents=True)
-        _install_busybox(self.root / "img")
+        unpack_image(self.root / "img")
         self._cgroup.mkdir()
         self._log = (self.folder / "log").open("wb")
         self._process = subprocess.Popen(
@@ -147,12 +151,13 @@ def _cgroup2() -> Path:
     raise PartMissingError("this machine has no cgroup2 mount")
 
 
-def _install_busybox(image: Path) -> None:
-    busybox = shutil.which("busybox")
-    if busybox is None:
-        raise PartMissingError("busybox is needed for the agent's containers")
-    shutil.copy(busybox, image / "bin" / "busybox")
-    listing = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout
-    for name in listing.split():
-        if name != "busybox":
-            (image / "bin" / name).symlink_to("busybox")
+@functools.cache
+def image_tar() -> bytes:
+    """The image of the containers: busybox and a few programs, as the other tests have it."""
+    return base_tree().tar()
+
+
+def unpack_image(folder: Path) -> None:
+    """Put the image into a folder."""
+    with tarfile.open(fileobj=io.BytesIO(image_tar())) as archive:
+        archive.extractall(folder, filter="fully_trusted")

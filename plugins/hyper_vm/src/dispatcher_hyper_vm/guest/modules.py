@@ -19,9 +19,9 @@ WANTED: tuple[str, ...] = (
     "virtio_net",
     "virtio_rng",
     "virtio_balloon",
+    "crc32c_generic",  # libcrc32c and ext4 ask for it by name, not as a dependency
     "overlay",
     "erofs",
-    "crc32c_generic",  # ext4 asks for it by name when it mounts, not as a dependency
     "ext4",
     "9pnet_virtio",
     "9p",

@@ -237,7 +237,7 @@ int port_find(struct err *err);
 /* ------------------------------------------------------------------------------------------------------------ disks.c */
 /* The disk with a serial number: its name below /dev, and its numbers. Returns 0 while there is none. */
 int disk_find(const char *serial, char name[32], unsigned *major, unsigned *minor);
-/* A node of it that only the agent can see. */
+/* Make a node of it that only the agent can see. Returns 0 while the disk cannot be used yet. */
 int disk_node(const char *name, unsigned major, unsigned minor, char path[64], struct err *err);
 bool name_is_valid(const char *name);
 

@@ -27,7 +27,9 @@ static int own_root(const char *root, struct err *err)
 {
   if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 && errno != EINVAL)
     return err_errno(err, errno, "cannot make the root private");
-  if (mount(root, root, NULL, MS_BIND | MS_REC, NULL) < 0 || chdir(root) < 0)
+  /* What is mounted on "/" itself cannot be seen from within: it needs another place to begin with. */
+  const char *place = strcmp(root, "/") == 0 ? "/run" : root;
+  if (mount(root, place, NULL, MS_BIND | MS_REC, NULL) < 0 || chdir(place) < 0)
     return err_errno(err, errno, "cannot bind the root");
   if (mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
     return err_errno(err, errno, "cannot move the root");
@@ -72,7 +74,7 @@ static int make_devices(struct err *err)
 static int make_folders(struct err *err)
 {
   static const char *const SHARED[] = { POD_FOLDER, CONTAINERS_FOLDER };
-  if (mount_at("tmpfs", "/run", MS_NOSUID | MS_NODEV, "mode=755", err) < 0)
+  if (mount_at("tmpfs", "/run", MS_NOSUID, "mode=755", err) < 0)
     return -1;
   for (int i = 0; i < 2; i++)
     if (mount_at("tmpfs", SHARED[i], MS_NOSUID, "mode=755", err) < 0)

@@ -300,7 +300,7 @@ static int find_disk(const char *serial, char node[64], struct err *err)
   unsigned major, minor;
   if (!disk_find(serial, name, &major, &minor))
     return 0;
-  return disk_node(name, major, minor, node, err) < 0 ? -1 : 1;
+  return disk_node(name, major, minor, node, err);
 }
 
 static int step_create(struct agent *agent, struct job *job, struct err *err)

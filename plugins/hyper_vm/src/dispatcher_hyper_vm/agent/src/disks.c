@@ -67,5 +67,9 @@ int disk_node(const char *name, unsigned major, unsigned minor, char path[64], s
   unlink(path); /* the name may have been another disk's before */
   if (mknod(path, S_IFBLK | 0600, makedev(major, minor)) < 0)
     return err_errno(err, errno, "cannot make a node for the disk");
-  return 0;
+  /* A disk that was plugged in just now is in /sys a moment before it can be used. */
+  cleanup_fd int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  if (fd < 0 && errno != ENXIO && errno != ENODEV)
+    return err_errno(err, errno, "cannot open the disk %s", name);
+  return fd >= 0;
 }

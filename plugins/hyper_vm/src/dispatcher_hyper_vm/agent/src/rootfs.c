@@ -38,6 +38,12 @@ static int make_layer(const char *lower, const char *data, const char *work, str
     return err_errno(err, errno, "cannot look at the image");
   if ((mkdir(data, 0755) < 0 && errno != EEXIST) || (mkdir(work, 0700) < 0 && errno != EEXIST))
     return err_errno(err, errno, "cannot prepare the writable layer");
+  /* The mark of an earlier mount, of a creation that failed later on, would keep this one away. */
+  char mark[260];
+  snprintf(mark, sizeof mark, "%s/work/incompat/volatile/dirty", work);
+  unlink(mark);
+  *strrchr(mark, '/') = 0;
+  rmdir(mark);
   if (chown(data, root.st_uid, root.st_gid) < 0 || chmod(data, root.st_mode & 07777) < 0)
     return err_errno(err, errno, "cannot prepare the writable layer");
   return 0;
@@ -56,9 +62,10 @@ int rootfs_mount(const char *folder, const char *lower, const char *upper, bool 
   /* Without a disk for it the layer is memory: a place for the mount points that an image lacks. */
   if (mount_layer(upper ? upper : "tmpfs", up, upper ? "ext4" : "tmpfs", MS_NODEV, upper ? "noauto_da_alloc" : "mode=755", err) < 0)
     return -1;
-  if (make_layer(low, data, work, err) < 0)
+  /* The image alone is mapped: what is written is owned by the ids of the pod. */
+  if (user_ns >= 0 && map_ids(low, user_ns, err) < 0)
     return -1;
-  if (user_ns >= 0 && (map_ids(low, user_ns, err) < 0 || (upper && map_ids(up, user_ns, err) < 0)))
+  if (make_layer(low, data, work, err) < 0)
     return -1;
   /* volatile: the layer ends with the container; nothing in it has to survive a crash of the guest. */
   snprintf(options, sizeof options, "lowerdir=%s,upperdir=%s,workdir=%s,volatile", low, data, work);

@@ -41,7 +41,10 @@ static int step_disk(struct agent *agent, struct job *job, struct err *err)
   unsigned major, minor;
   if (!disk_find(wanted->serial, name, &major, &minor))
     return 0;
-  if (disk_node(name, major, minor, node, err) < 0 || make_target(wanted->name, path, err) < 0)
+  int ready = disk_node(name, major, minor, node, err);
+  if (ready <= 0)
+    return ready;
+  if (make_target(wanted->name, path, err) < 0)
     return -1;
   unsigned long flags = MS_NODEV | (wanted->read_only ? MS_RDONLY : 0);
   if (mount(node, path, wanted->filesystem, flags, wanted->options) < 0)
