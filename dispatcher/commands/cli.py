@@ -10,10 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 from dispatcher.commands.output import Console, Exit, Failure
+from dispatcher.errors import DispatcherError, NotFound
 from dispatcher.version import program_version
 
 # name -> (module, one line); the order is the order of the help.
@@ -52,8 +54,21 @@ run, play and exec otherwise end with the exit code of the container or command.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with all commands."""
+COMMANDS_GROUP = "dispatcher.commands"
+
+
+def plugin_commands() -> dict[str, metadata.EntryPoint]:
+    """Commands that installed plugins bring, by name. Nothing is imported; a name of ours stays ours."""
+    found = {point.name: point for point in metadata.entry_points(group=COMMANDS_GROUP)}
+    return {name: found[name] for name in sorted(found) if name not in {core for core, _, _ in COMMANDS}}
+
+
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser with all commands of ours, and the plugin's command that `argv` asks for.
+
+    Raises:
+        Failure: that command cannot be loaded.
+    """
     parser = argparse.ArgumentParser(
         prog="dispatcher",
         description="One CRI endpoint for a Kubernetes node that routes every pod to the runtime that suits it.",
@@ -74,7 +89,29 @@ def build_parser() -> argparse.ArgumentParser:
         module.configure(command)
         if command.get_default("execute") is None:
             command.set_defaults(execute=module.execute)
+    brought = plugin_commands()
+    if brought:
+        parser.epilog = f"commands of plugins: {', '.join(brought)}\n\n{EXIT_CODES}"
+    wanted = next((word for word in argv if not word.startswith("-")), "")
+    if wanted in brought:
+        _add_plugin_command(commands, wanted, brought[wanted])
     return parser
+
+
+def _add_plugin_command(commands: Any, name: str, point: metadata.EntryPoint) -> None:
+    """Add a command that lives in a plugin: a module like ours, which only its own command imports."""
+    try:
+        module = point.load()
+        command = commands.add_parser(
+            name,
+            description=inspect.cleandoc(module.__doc__ or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(command)
+        if command.get_default("execute") is None:
+            command.set_defaults(execute=module.execute)
+    except Exception as error:
+        raise Failure(f"the command {name} of {point.value} cannot be loaded: {error}") from error
 
 
 def _module(name: str) -> ModuleType:
@@ -89,6 +126,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     except Failure as failure:
         console.complain(failure)
         return failure.code
+    except DispatcherError as error:  # of a plugin's command
+        console.complain(Failure(error.message))
+        return Exit.NOT_FOUND if isinstance(error, NotFound) else Exit.FAILED
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
@@ -101,5 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     # What loaded plugins log belongs to the daemon's log; commands say themselves what matters. `serve` sets it anew.
     logging.getLogger().addHandler(logging.NullHandler())
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = build_parser(words).parse_args(words)
+    except Failure as failure:
+        Console().complain(failure)
+        return failure.code
     return run(args, Console(as_json=getattr(args, "output", "text") == "json"))

@@ -11,7 +11,7 @@ import yaml
 
 from dispatcher import api, errors
 from dispatcher.api import ExecSpec
-from dispatcher.commands.cli import COMMANDS
+from dispatcher.commands.cli import COMMANDS, plugin_commands
 from dispatcher.config import Config
 from dispatcher.cri import status_codes
 from dispatcher.cri.service import UNIMPLEMENTED
@@ -62,7 +62,7 @@ def test_commands_and_targets_exist(page: Path) -> None:
     text = page.read_text()
     code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^    (\S.*)$", text, re.MULTILINE)
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    commands = {name for name, _module, _line in COMMANDS}
+    commands = {name for name, _module, _line in COMMANDS} | set(plugin_commands())
     for line in code:
         for command in re.findall(r"(?:^|&& |; )dispatcher ([a-z]+)\b", line):
             assert command in commands, line

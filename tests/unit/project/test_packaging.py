@@ -19,11 +19,12 @@ from dispatcher.config import OWN_PLUGINS
 ROOT = Path(__file__).parents[3]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
-# What plugins share: a distribution without an entry point.
+# What plugins share, or what enrols nothing yet: a distribution without an entry point of a plugin.
 LIBRARIES = [
     folder
     for folder in PLUGINS
-    if "entry-points" not in tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    if ENTRY_POINT_GROUP
+    not in tomllib.loads((folder / "pyproject.toml").read_text())["project"].get("entry-points", {})
 ]
 
 

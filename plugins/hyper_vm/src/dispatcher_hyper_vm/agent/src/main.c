@@ -8,7 +8,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 
-#define AWAY_MS 1000 /* a missed edge of the port costs at most this */
+#define IDLE_MS 1000 /* an edge of the port that was missed costs at most this */
 #define JOB_MS 4
 
 void watch_change(struct agent *agent, struct watch *watch, uint32_t events)
@@ -74,12 +74,12 @@ static void step_jobs(struct agent *agent)
 
 static int pause_ms(const struct agent *agent)
 {
-  int pause = agent->link.edge && !agent->link.synced ? AWAY_MS : -1;
+  int pause = agent->link.edge ? IDLE_MS : -1;
   for (const struct job *job = agent->jobs; job; job = job->next)
     if (!job->passive)
       return JOB_MS;
     else
-      pause = AWAY_MS;
+      pause = IDLE_MS;
   return pause;
 }
 
