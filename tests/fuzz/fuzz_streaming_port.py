@@ -10,6 +10,8 @@ import contextlib
 import logging
 import random
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -66,6 +68,8 @@ TOKENS = [
         b"x" * 40_000,
     ),
 ]
+RESET = struct.pack("ii", 1, 0)
+BREAK_S = 0.05  # then a client resets its connection that has not ended it
 END_S = 20.0  # for the port to let a client go that has said all
 
 
@@ -141,11 +145,14 @@ class Port:
         address, _, token = url.rpartition("/")
         host, port = address.removeprefix("http://").rpartition("/")[0].split(":")
         wire = head.replace(b"TOKEN", token.encode()) + script
-        answers = [await _ask(host, int(port), piece) for piece in (wire, wire)]
+        answers = [await _ask(host, int(port), wire, breaks_off=len(script) % 5 == 0) for _ in range(2)]
+        async with asyncio.timeout(END_S):
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others)
         return answers[0], answers[1]
 
 
-async def _ask(host: str, port: int, wire: bytes) -> bytes:
+async def _ask(host: str, port: int, wire: bytes, *, breaks_off: bool) -> bytes:
     reader, writer = await asyncio.open_connection(host, port)
     answer = b""
     with contextlib.suppress(ConnectionError):
@@ -153,10 +160,17 @@ async def _ask(host: str, port: int, wire: bytes) -> bytes:
         for piece in (wire[:half], wire[half:]):
             writer.write(piece)
             await writer.drain()
-        writer.write_eof()
-        async with asyncio.timeout(END_S):
-            while more := await reader.read(1 << 16):
-                answer += more[: 4096 - len(answer)]
+        if breaks_off:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BREAK_S):
+                    answer = await reader.read(1 << 16)
+                    await reader.read(1 << 16)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        else:
+            writer.write_eof()
+            async with asyncio.timeout(END_S):
+                while more := await reader.read(1 << 16):
+                    answer += more[: 4096 - len(answer)]
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()
