@@ -160,4 +160,6 @@ def image_tar() -> bytes:
 def unpack_image(folder: Path) -> None:
     """Put the image into a folder."""
     with tarfile.open(fileobj=io.BytesIO(image_tar())) as archive:
-        archive.extractall(folder, filter="fully_trusted")
+        # Python 3.11 before its fourth update knows no filters, and newer ones complain where none is chosen.
+        archive.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
+        archive.extractall(folder)
