@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.api import read_usage
 from dispatcher.errors import InvalidRequest
 from dispatcher_vm_kit.leaf import (
     LeafLimits,
-    LeafUsage,
-    expand_slice,
     find_leaf,
     make_leaf,
-    read_usage,
     remove_leaf,
     scope_argv,
     set_limits,
@@ -86,8 +84,8 @@ def test_v2_leaf_gets_its_controllers_and_limits(v2: Path) -> None:
     leaf = find_leaf(POD, ID, root=v2)
     make_leaf(leaf, LIMITS)
     folder = v2 / POD.lstrip("/") / f"cri-{ID}"
-    assert leaf.version == 2
-    assert leaf.folder("memory") == folder
+    assert leaf.cgroup.version == 2
+    assert leaf.cgroup.folder("memory") == folder
     assert (folder / "memory.max").read_text().startswith("268435456")
     assert (folder / "cpu.max").read_text().startswith("150000 100000")
     assert (folder / "cpu.weight").read_text().startswith("79")
@@ -98,34 +96,38 @@ def test_v2_leaf_gets_its_controllers_and_limits(v2: Path) -> None:
 
 def test_v2_usage(v2: Path) -> None:
     """Nanoseconds, bytes, and the kernel's kills."""
-    usage = read_usage(find_leaf(POD, ID, root=v2))
-    assert usage == LeafUsage(cpu_ns=2_500_000, memory_bytes=40 << 20, working_set_bytes=39 << 20, oom_kills=1)
+    usage = read_usage(find_leaf(POD, ID, root=v2).cgroup, detailed=True)
+    assert usage is not None
+    assert (usage.cpu_usage_ns, usage.memory_usage_bytes, usage.oom_kills) == (2_500_000, 40 << 20, 1)
+    assert usage.memory_working_set_bytes == 39 << 20
 
 
 def test_v1_leaf_is_in_every_hierarchy(v1: Path) -> None:
     """Each wanted hierarchy once, limits in their old names, and a cpuset that is not empty."""
     leaf = find_leaf(POD, ID, root=v1)
     make_leaf(leaf, LIMITS)
-    assert leaf.version == 1
+    assert leaf.cgroup.version == 1
     assert [name for name, _ in leaf.folders] == ["cpu", "cpuacct", "cpuset", "memory", "pids"]
-    cpu, memory = leaf.folder("cpu"), leaf.folder("memory")
+    cpu, memory = leaf.cgroup.folder("cpu"), leaf.cgroup.folder("memory")
     assert cpu is not None
     assert memory is not None
     assert (cpu / "cpu.cfs_quota_us").read_text().startswith("150000")
     assert (cpu / "cpu.cfs_period_us").read_text().startswith("100000")
     assert (cpu / "cpu.shares").read_text().startswith("2047")
     assert (memory / "memory.limit_in_bytes").read_text().startswith("268435456")
-    cpuset = leaf.folder("cpuset")
+    cpuset = leaf.cgroup.folder("cpuset")
     assert cpuset is not None
     assert (cpuset / "cpuset.cpus").read_text() == "1-2"
     assert (cpuset.parent / "cpuset.cpus").read_text() == "1-2"
-    assert leaf.folder("blkio") is None
+    assert leaf.cgroup.folder("blkio") is None
 
 
 def test_v1_usage(v1: Path) -> None:
     """The old files tell the same things."""
-    usage = read_usage(find_leaf(POD, ID, root=v1))
-    assert usage == LeafUsage(cpu_ns=77, memory_bytes=8192, working_set_bytes=4096, oom_kills=3)
+    usage = read_usage(find_leaf(POD, ID, root=v1).cgroup, detailed=True)
+    assert usage is not None
+    assert (usage.cpu_usage_ns, usage.memory_usage_bytes, usage.oom_kills) == (77, 8192, 3)
+    assert usage.memory_working_set_bytes == 4096
 
 
 async def test_limits_change(v2: Path) -> None:
@@ -141,7 +143,7 @@ async def test_removing_what_is_not_there(tmp_path: Path) -> None:
     """Undo is idempotent."""
     write(tmp_path, cgroup__controllers="memory\n")
     await remove_leaf(find_leaf(POD, ID, root=tmp_path))
-    assert read_usage(find_leaf(POD, ID, root=tmp_path)) is None
+    assert not find_leaf(POD, ID, root=tmp_path).exists()
 
 
 @pytest.mark.parametrize("parent", ["/kubepods/../../etc", "/a b", "/x\n", "/a/./b", "//", "/" + "x" * 300])
@@ -158,14 +160,11 @@ def test_odd_ids_are_refused(machine_id: str, tmp_path: Path) -> None:
         find_leaf(POD, machine_id, root=tmp_path)
 
 
-def test_slices_expand() -> None:
-    """As systemd names folders."""
-    name = "kubepods-burstable-pod12_34.slice"
-    assert expand_slice(name) == Path("kubepods.slice/kubepods-burstable.slice") / name
-    assert expand_slice("system.slice") == Path("system.slice")
-    for odd in ("x", "a..slice/b.slice", "-.slice", "a b.slice", ".slice"):
-        with pytest.raises(InvalidRequest):
-            expand_slice(odd)
+@pytest.mark.parametrize("parent", ["x", "/kubepods", "a b.slice", "-.slice", ".slice"])
+def test_odd_slices_are_refused(parent: str, tmp_path: Path) -> None:
+    """Under systemd a parent is a slice."""
+    with pytest.raises(InvalidRequest):
+        find_leaf(parent, ID, driver="systemd", root=tmp_path)
 
 
 def test_scope(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cgroup in which a machine monitor lives: `<cgroup_parent>/cri-<id>`, made, limited, read and removed here.
+"""The cgroup in which a machine monitor lives: `<cgroup_parent>/cri-<id>`, made, limited and removed here.
 
 Theory of operation. With the driver "cgroupfs" the leaf is a folder in every hierarchy (version 1) or in the one tree
 (version 2); the launcher joins it before it becomes the monitor, so that all of the machine's memory is charged there.
@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dispatcher.api import effect
+from dispatcher.api import CgroupFolders, effect, expand_cgroup_parent
 from dispatcher.errors import InvalidRequest, RuntimeDown
 from dispatcher_vm_kit.exec import run_tool
 
 ROOT = Path("/sys/fs/cgroup")
+_OWN_SLICE = "system.slice"
 OWN_PARENT = "/cri-dispatcher"  # where pods without a parent go; ours, so it goes when it is empty
 _WANTED_V1 = ("cpu", "cpuacct", "cpuset", "memory", "pids", "blkio", "devices", "freezer", "hugetlb", "perf_event")
 _WANTED_V2 = ("cpu", "cpuset", "memory", "pids", "io")
 _ID = re.compile(r"[0-9a-f]{8,64}")
 _PART = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
-_SLICE = re.compile(r"[A-Za-z0-9_:@]+(?:-[A-Za-z0-9_.:@\\]+)*\.slice")
 _REMOVE_S = 5.0
 _TOOL_S = 15.0
 
@@ -50,28 +50,24 @@ class LeafLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """Where a leaf is. `folders` are by controller on version 1 and the one folder, under "", on version 2."""
+    """Where a leaf is. `cgroup` is for reading it: `dispatcher.api.read_usage(leaf.cgroup)`."""
 
     name: str
     parent: str
     driver: Driver
-    version: int
-    folders: tuple[tuple[str, Path], ...]
+    cgroup: CgroupFolders
 
-    def folder(self, controller: str) -> Path | None:
-        """The folder of a controller, or None where this host does not have it."""
-        found = dict(self.folders)
-        return found.get("") if self.version == 2 else found.get(controller)
+    @property
+    def folders(self) -> tuple[tuple[str, Path], ...]:
+        """The folders by controller on version 1, and the one folder, under "", on version 2."""
+        unified = self.cgroup.unified
+        if self.cgroup.version == 2 and unified is not None:
+            return (("", unified),)
+        return tuple(self.cgroup.paths.items())
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeafUsage:
-    """One reading; None for what the kernel does not tell. `oom_kills` counts since the leaf was made."""
-
-    cpu_ns: int | None = None
-    memory_bytes: int | None = None
-    working_set_bytes: int | None = None
-    oom_kills: int | None = None
+    def exists(self) -> bool:
+        """Whether anything of it is there."""
+        return any(folder.exists() for _, folder in self.folders)
 
 
 def find_leaf(parent: str, machine_id: str, *, driver: Driver = "cgroupfs", root: Path = ROOT) -> Leaf:
@@ -89,35 +85,19 @@ def find_leaf(parent: str, machine_id: str, *, driver: Driver = "cgroupfs", root
     if not _ID.fullmatch(machine_id):
         raise InvalidRequest(f"{machine_id!r} is not an id of ours")
     name = f"cri-{machine_id}" if driver == "cgroupfs" else f"cri-{machine_id}.scope"
-    relative = _relative(parent, driver) / name
-    version = 2 if (root / "cgroup.controllers").exists() else 1
-    if version == 2:
-        folders: tuple[tuple[str, Path], ...] = (("", root / relative),)
+    above = expand_cgroup_parent(parent or (OWN_PARENT if driver == "cgroupfs" else _OWN_SLICE))
+    if above is None or not all(_PART.fullmatch(part) for part in above.parts):
+        raise InvalidRequest(f"{parent!r} is not a cgroup that a pod can have")
+    if driver == "systemd" and not above.name.endswith(".slice"):
+        raise InvalidRequest(f"{parent!r} is not the name of a systemd slice")
+    relative = above / name
+    if (root / "cgroup.controllers").exists():
+        where = CgroupFolders(version=2, paths={}, unified=root / relative, name=f"/{relative}")
     else:
         wanted = [each for each in _WANTED_V1 if (root / each / "cgroup.procs").exists()]
-        folders = tuple((each, root / each / relative) for each in wanted)
-    return Leaf(name=name, parent=parent, driver=driver, version=version, folders=folders)
-
-
-def _relative(parent: str, driver: Driver) -> Path:
-    if driver == "systemd":
-        return expand_slice(parent or "system.slice")
-    parts = [part for part in (parent or OWN_PARENT).split("/") if part]
-    if not parts or any(part in {".", ".."} or not _PART.fullmatch(part) for part in parts):
-        raise InvalidRequest(f"{parent!r} is not the path of a cgroup")
-    return Path(*parts)
-
-
-def expand_slice(name: str) -> Path:
-    """The folder of a slice: "a-b.slice" is "a.slice/a-b.slice". Pure.
-
-    Raises:
-        InvalidRequest: not the name of a slice.
-    """
-    if not _SLICE.fullmatch(name):
-        raise InvalidRequest(f"{name!r} is not the name of a systemd slice")
-    words = name.removesuffix(".slice").split("-")
-    return Path(*(f"{'-'.join(words[: count + 1])}.slice" for count in range(len(words))))
+        paths = {each: root / each / relative for each in wanted}
+        where = CgroupFolders(version=1, paths=paths, unified=None, name=f"/{relative}")
+    return Leaf(name=name, parent=parent, driver=driver, cgroup=where)
 
 
 @effect("vm.make_leaf")
@@ -134,7 +114,7 @@ def make_leaf(leaf: Leaf, limits: LeafLimits) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if controller == "cpuset":
                 _inherit_cpuset(folder)
-        if leaf.version == 2:
+        if leaf.cgroup.version == 2:
             _enable_controllers(leaf.folders[0][1].parent)
         _write_limits(leaf, limits)
     except OSError as error:
@@ -191,8 +171,8 @@ async def set_limits(leaf: Leaf, limits: LeafLimits) -> None:
 
 
 def _write_limits(leaf: Leaf, limits: LeafLimits) -> None:
-    for controller, name, value in _settings(leaf.version, limits):
-        folder = leaf.folder(controller)
+    for controller, name, value in _settings(leaf.cgroup.version, limits):
+        folder = leaf.cgroup.folder(controller)
         if folder is not None and (folder / name).exists():
             _write(folder / name, value)
 
@@ -240,7 +220,7 @@ def scope_argv(leaf: Leaf, limits: LeafLimits) -> list[str]:
     if leaf.driver != "systemd":
         return []
     argv = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={leaf.name}"]
-    argv += [f"--slice={leaf.parent or 'system.slice'}", "--property=Delegate=yes"]
+    argv += [f"--slice={leaf.parent.rpartition('/')[2] or _OWN_SLICE}", "--property=Delegate=yes"]
     return [*argv, *(f"--property={each}" for each in scope_properties(limits)), "--"]
 
 
@@ -279,7 +259,7 @@ async def remove_leaf(leaf: Leaf) -> None:
     Raises:
         RuntimeDown: something still runs in it.
     """
-    if leaf.driver == "systemd" and any(folder.exists() for _, folder in leaf.folders):
+    if leaf.driver == "systemd" and leaf.exists():
         await _systemctl("stop", leaf.name)
     deadline = time.monotonic() + _REMOVE_S
     for _, folder in leaf.folders:
@@ -311,40 +291,3 @@ async def _systemctl(*words: str) -> None:
         raise RuntimeDown(f"systemctl {words[0]} did not answer") from error
     if output.exit_code != 0:
         raise RuntimeDown(f"systemctl {words[0]} failed: {output.stderr.decode('utf-8', 'replace').strip()[-300:]}")
-
-
-def read_usage(leaf: Leaf) -> LeafUsage | None:
-    """Read what the leaf uses, or None where it does not exist."""
-    try:
-        return _usage_v2(leaf) if leaf.version == 2 else _usage_v1(leaf)
-    except (OSError, ValueError):
-        return None
-
-
-def _usage_v1(leaf: Leaf) -> LeafUsage | None:
-    memory, cpu = leaf.folder("memory"), leaf.folder("cpuacct")
-    if memory is None:
-        return None
-    used = int((memory / "memory.usage_in_bytes").read_text(encoding="ascii"))
-    return LeafUsage(
-        cpu_ns=int((cpu / "cpuacct.usage").read_text(encoding="ascii")) if cpu else None,
-        memory_bytes=used,
-        working_set_bytes=max(0, used - _pairs(memory / "memory.stat").get("total_inactive_file", 0)),
-        oom_kills=_pairs(memory / "memory.oom_control").get("oom_kill"),
-    )
-
-
-def _usage_v2(leaf: Leaf) -> LeafUsage:
-    folder = leaf.folders[0][1]
-    used = int((folder / "memory.current").read_text(encoding="ascii"))
-    return LeafUsage(
-        cpu_ns=_pairs(folder / "cpu.stat").get("usage_usec", 0) * 1000,
-        memory_bytes=used,
-        working_set_bytes=max(0, used - _pairs(folder / "memory.stat").get("inactive_file", 0)),
-        oom_kills=_pairs(folder / "memory.events").get("oom_kill"),
-    )
-
-
-def _pairs(path: Path) -> dict[str, int]:
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}

@@ -119,8 +119,8 @@ def find_holder(path: Path) -> ProcessIdentity | None:
     identity = identify(pid)
     if identity is None:
         return None
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
             with contextlib.suppress(OSError):
                 status = os.stat(entry.path)
                 if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):

@@ -163,7 +163,8 @@ def kernel_command_line(words: tuple[str, ...] = (), *, tsc_khz: int = 0) -> str
     Raises:
         ValueError: a word with a blank or a character that no command line holds.
     """
-    ours = ["console=ttyS0", "quiet", "panic=-1", "cryptomgr.notests"]
+    # A panic ends the machine at once, by the one way of a reset that this machine type has for sure.
+    ours = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests"]
     ours += [f"tsc_early_khz={tsc_khz}", "tsc=reliable"] if tsc_khz else []
     for word in words:
         if not _WORD.fullmatch(word):

@@ -121,7 +121,8 @@ def _as_text(record: Mapping[str, Any]) -> str:
 def list_machines(run_folder: Path) -> tuple[str, ...]:
     """The ids that have a folder, sorted."""
     try:
-        entries = list(os.scandir(run_folder))
+        with os.scandir(run_folder) as found:
+            entries = list(found)
     except FileNotFoundError:
         return ()
     names = [

@@ -5,120 +5,47 @@ descriptor: listening sockets, logs, memory file, kernel. The launcher puts QEMU
 QEMU with a state to restore comes up halted and empty; it is told the state over its monitor and set going. Whatever
 fails on that way falls back to a cold boot, once, with the reason in the facts; whatever fails there is undone by
 `remove`, which needs the id alone.
-
-A template is made by starting a machine without cables and with a memory file that it writes into, waiting until the
-guest is at rest, and taking its device state over the monitor. The process ends then, and the file is sealed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
 import logging
 import os
-import resource
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dispatcher.api import effect, step
-from dispatcher.errors import AlreadyExists, DispatcherError, NotSupported, RuntimeDown
-from dispatcher_hyper_vm.drivers import (
-    GuestGate,
-    GuestImage,
-    LaunchSpec,
-    NicSpec,
-    SizeClass,
-    TemplateScope,
-    VmmFeatures,
-    VmmHealth,
-    VmSpec,
+from dispatcher.errors import AlreadyExists, DispatcherError, RuntimeDown
+from dispatcher_hyper_vm.drivers import GuestGate, GuestImage, SizeClass, VmmFeatures, VmmHealth, VmSpec
+from dispatcher_hyper_vm.drivers.folder import MachineFolder, list_machines
+from dispatcher_hyper_vm.drivers.qemu_launch import (
+    BARE_NIC,
+    SHARE,
+    QemuConfig,
+    QemuLauncher,
+    Started,
+    leaf_of,
+    owned,
 )
-from dispatcher_hyper_vm.drivers.folder import MachineFolder, UserRange, list_machines
 from dispatcher_hyper_vm.drivers.qemu_running import RunningQemu
-from dispatcher_hyper_vm.templates import (
-    Template,
-    TemplateKey,
-    TemplateLimits,
-    TemplateRefused,
-    Templates,
-    close_ram,
-    make_ram,
-    seal_ram,
-)
+from dispatcher_hyper_vm.drivers.qemu_state import give_state
+from dispatcher_hyper_vm.drivers.qemu_template import TemplateMaker
+from dispatcher_hyper_vm.templates import TemplateKey, Templates, close_ram, make_ram
 from dispatcher_vm_kit.acceleration import Acceleration, probe_acceleration
-from dispatcher_vm_kit.exec import Child, spawn
-from dispatcher_vm_kit.launcher import SHARE_CAPABILITIES, LaunchPlan, NodePrograms, open_plan
-from dispatcher_vm_kit.leaf import Leaf, find_leaf, make_leaf, open_for_joining, remove_leaf, scope_argv
-from dispatcher_vm_kit.process import (
-    ProcessIdentity,
-    find_holder,
-    identify,
-    is_held,
-    make_lock,
-    open_process,
-    send_signal,
-    wait_ended,
-)
-from dispatcher_vm_kit.qemu_argv import Boot, Nic, QemuMachine, qemu_argv
-from dispatcher_vm_kit.qmp_client import Qmp, QmpRefused, listen_socket
-from dispatcher_vm_kit.share import make_share, remove_share
+from dispatcher_vm_kit.launcher import NodePrograms
+from dispatcher_vm_kit.leaf import Leaf, remove_leaf
+from dispatcher_vm_kit.process import ProcessIdentity, find_holder, is_held, open_process, send_signal, wait_ended
+from dispatcher_vm_kit.qmp_client import Qmp, QmpRefused
+
+__all__ = ["QemuConfig", "QemuVmm"]
 
 _LOG = logging.getLogger(__name__)
-_SHARE = Path("/share")  # where the launcher puts it
-_IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
-_STATE_BYTES = 64 << 20  # more than any device state
-_PIPE_BYTES = 1 << 20
-_SET_PIPE_SIZE = 1031
 _GONE_S = 10.0
 _LOOK_S = 5.0
-_TEMPLATE_MAC = "02:00:00:00:00:01"
-_BARE_NIC = NicSpec(tap_fd=-1, mac=_TEMPLATE_MAC)
-_TICKING_PER_S = 100  # an idle guest has about 20 timer interrupts in a second, one that ticks has 250
-_KVM = Path("/dev/kvm")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QemuConfig:
-    """How the driver works on this node.
-
-    Attributes:
-        run_folder: for the machines' folders; on a file system that a boot of the host empties.
-        state_folder: for what is compiled and found out once.
-        binary: QEMU, by name or path.
-        acceleration: "auto", or what is to be taken.
-        users_first, users_count: users of the host that machines run as, one each; 0 of them means: as root.
-        start_s: how long QEMU may take to answer and to restore.
-        templates: bounds of the templates.
-        emulation_buffer_mib: translated code that an emulated machine keeps.
-    """
-
-    run_folder: Path
-    state_folder: Path
-    binary: str = "qemu-system-x86_64"
-    acceleration: Literal["auto", "kvm", "tcg"] = "auto"
-    users_first: int = 1_900_000_000
-    users_count: int = 65536
-    start_s: float = 30.0
-    templates: TemplateLimits = field(default_factory=TemplateLimits)
-    emulation_buffer_mib: int = 16
-
-
-@dataclass(slots=True)
-class _Started:
-    """A QEMU whose monitor answers."""
-
-    qmp: Qmp
-    handle: int
-    child: Child
-    identity: ProcessIdentity
-    record: dict[str, Any]
 
 
 class QemuVmm:
@@ -129,14 +56,13 @@ class QemuVmm:
 
     def __init__(self, config: QemuConfig, gate: GuestGate) -> None:
         self._config = config
-        self._gate = gate
         self._programs = NodePrograms(config.state_folder / "programs")
-        self._users = UserRange(config.users_first, config.users_count)
+        self._launcher = QemuLauncher(config, self._programs)
+        self._maker = TemplateMaker(config, self._launcher, gate, lambda each, leaf: self.remove(each, leaf=leaf))
         self._templates = Templates(config.templates)
         self._probing = asyncio.Lock()
         self._acceleration: Acceleration | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reserved: dict[str, int] = {}
 
     # -------------------------------------------------------------------------------------------------------- the node
     async def probe(self) -> VmmHealth:
@@ -166,7 +92,7 @@ class QemuVmm:
         for machine_id in list_machines(self._config.run_folder):
             record = MachineFolder(self._config.run_folder, machine_id).read()
             if record.get("is_template"):
-                await self._remove_template_machine(machine_id, _leaf_of(record), self._template_share(machine_id))
+                await self._maker.remove_machine(machine_id, leaf_of(record))
 
     # --------------------------------------------------------------------------------------------------------- starting
     async def start(self, spec: VmSpec) -> RunningQemu:
@@ -174,8 +100,8 @@ class QemuVmm:
         acceleration = await self._accelerate()
         reason = "templates are off" if spec.templates.kind == "off" else ""
         if not reason:
-            key = self._key(spec, acceleration)
-            template, reason = await self._templates.get(key, lambda key: self._build(key, spec, acceleration))
+            key = self._maker.key(spec, acceleration)
+            template, reason = await self._templates.get(key, lambda key: self._maker.make(key, spec, acceleration))
             if template is not None:
                 ram, state = os.dup(template.ram_fd), template.state
                 try:
@@ -196,21 +122,21 @@ class QemuVmm:
         Needs `probe` to have succeeded; else it does nothing.
         """
         if self._acceleration is not None:
-            cards = (_BARE_NIC,) * nics
-            spec = VmSpec(id="0" * 8, guest=guest, size=size, nics=cards, share=_SHARE if share else None)
+            cards = (BARE_NIC,) * nics
+            spec = VmSpec(id="0" * 8, guest=guest, size=size, nics=cards, share=SHARE if share else None)
             acceleration = self._acceleration
-            key = self._key(spec, acceleration)
-            self._templates.begin(key, lambda key: self._build(key, spec, acceleration))
+            key = self._maker.key(spec, acceleration)
+            self._templates.begin(key, lambda key: self._maker.make(key, spec, acceleration))
 
     async def _restore(
         self, spec: VmSpec, acceleration: Acceleration, *, key: TemplateKey, ram: int, state: bytes, began: float
     ) -> RunningQemu:
         facts = {"boot": "template", "boot_reason": "", "template": key.digest[:12]}
         async with self._undone(spec):
-            started = await self._launch(spec, acceleration, ram, boot=False, shared=False, facts=facts)
-            async with self._owned(started):
+            started = await self._launcher.launch(spec, acceleration, ram, boot=False, shared=False, facts=facts)
+            async with owned(started):
                 with step("restore"):
-                    await _give_state(started.qmp, state, timeout_s=self._config.start_s)
+                    await give_state(started.qmp, state, timeout_s=self._config.start_s)
                     await started.qmp.execute("cont")
                 running = self._running(spec, started, began)
         self._templates.note_clone(key.digest, 1)
@@ -222,8 +148,8 @@ class QemuVmm:
         try:
             facts = {"boot": "cold", "boot_reason": reason, "template": ""}
             async with self._undone(spec):
-                started = await self._launch(spec, acceleration, ram, boot=True, shared=True, facts=facts)
-                async with self._owned(started):
+                started = await self._launcher.launch(spec, acceleration, ram, boot=True, shared=True, facts=facts)
+                async with owned(started):
                     running = self._running(spec, started, began)
         finally:
             close_ram(ram)
@@ -245,20 +171,7 @@ class QemuVmm:
                 raise RuntimeDown(f"the machine monitor refused: {error}") from error
             raise
 
-    @contextlib.asynccontextmanager
-    async def _owned(self, started: _Started) -> AsyncIterator[None]:
-        """On a failure inside, let go of a monitor that no object owns yet."""
-        try:
-            yield
-        except BaseException:
-            await started.qmp.aclose()
-            send_signal(started.handle, signal.SIGKILL)
-            await asyncio.shield(wait_ended(started.handle))
-            started.child.reap()
-            os.close(started.handle)
-            raise
-
-    def _running(self, spec: VmSpec, started: _Started, began: float) -> RunningQemu:
+    def _running(self, spec: VmSpec, started: Started, began: float) -> RunningQemu:
         folder = MachineFolder(self._config.run_folder, spec.id)
         record = {**started.record, "start_seconds": round(time.monotonic() - began, 4)}
         folder.write(record)
@@ -282,240 +195,6 @@ class QemuVmm:
             ended.cancel()
             self._templates.note_clone(digest, -1)
 
-    # ---------------------------------------------------------------------------------------------------------- launching
-    async def _launch(
-        self,
-        spec: VmSpec,
-        acceleration: Acceleration,
-        ram: int,
-        *,
-        boot: bool,
-        shared: bool,
-        facts: Mapping[str, Any],
-    ) -> _Started:
-        """Make the folder, start QEMU in its place, and connect to its monitor."""
-        folder = MachineFolder(self._config.run_folder, spec.id)
-        if is_held(folder.lock):
-            raise AlreadyExists(f"a machine {spec.id[:12]} lives already")
-        launcher = await self._programs.launcher()
-        user = self._choose_user(spec.id)
-        record: dict[str, Any] = {
-            "id": spec.id,
-            "folder": str(folder.path),
-            "uid": user,
-            "engine": acceleration.version,
-            "acceleration": acceleration.accelerator,
-            "memory_bytes": spec.size.memory_bytes,
-            "vcpus": spec.size.vcpus,
-            "leaf": None if spec.launch.leaf is None else _leaf_record(spec.launch.leaf),
-            **facts,
-        }
-        try:
-            folder.make(record)
-            if spec.launch.leaf is not None:
-                make_leaf(spec.launch.leaf, spec.launch.leaf_limits)
-            if spec.share is not None:
-                make_share(spec.share)
-            how: dict[str, Any] = {"launcher": launcher, "ram": ram, "user": user, "boot": boot, "shared": shared}
-            with contextlib.ExitStack() as stack:
-                child = self._spawn(stack, folder, spec, acceleration, **how)
-            handle = os.pidfd_open(child.pid)
-        finally:
-            self._reserved.pop(spec.id, None)
-        return await self._connect(folder, record, child, handle)
-
-    async def _connect(self, folder: MachineFolder, record: dict[str, Any], child: Child, handle: int) -> _Started:
-        connecting = asyncio.ensure_future(Qmp.connect(folder.monitor, timeout_s=self._config.start_s))
-        ended = asyncio.ensure_future(wait_ended(handle))
-        try:
-            await asyncio.wait([connecting, ended], return_when=asyncio.FIRST_COMPLETED)
-            identity = identify(child.pid)
-            if identity is None or not connecting.done():
-                raise RuntimeDown(f"the machine monitor did not start: {folder.last_words()}")  # noqa: TRY301
-            record |= {"pid": identity.pid, "start_ticks": identity.start_ticks, "started_at_ns": time.time_ns()}
-            return _Started(qmp=connecting.result(), handle=handle, child=child, identity=identity, record=record)
-        except BaseException:
-            connecting.cancel()
-            ended.cancel()
-            send_signal(handle, signal.SIGKILL)
-            await asyncio.shield(wait_ended(handle))
-            child.reap()
-            os.close(handle)
-            with contextlib.suppress(asyncio.CancelledError, DispatcherError):
-                await (await connecting).aclose()
-            raise
-        finally:
-            ended.cancel()
-
-    def _spawn(
-        self,
-        stack: contextlib.ExitStack,
-        folder: MachineFolder,
-        spec: VmSpec,
-        acceleration: Acceleration,
-        *,
-        launcher: Path,
-        ram: int,
-        user: int | None,
-        boot: bool,
-        shared: bool,
-    ) -> Child:
-        """Open all that QEMU gets, and start it. Everything opened is closed again with the stack."""
-        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        own = [_close_later(stack, make_lock(folder.lock))]
-        monitor, agent, console = (
-            stack.enter_context(listen_socket(path)).fileno() for path in (folder.monitor, folder.agent, folder.console)
-        )
-        console_log, monitor_log = (
-            _close_later(stack, _open(path, append)) for path in (folder.console_log, folder.monitor_log)
-        )
-        kernel = tuple(_boot_file(stack, path) for path in (spec.guest.kernel, spec.guest.initrd)) if boot else ()
-        machine = replace(
-            self._machine(spec, acceleration),
-            ram_fd=ram,
-            ram_shared=shared,
-            boot=_boot(spec.guest, kernel) if boot else None,
-            monitor_fd=monitor,
-            agent_fd=agent,
-            console_fd=console,
-            console_log_fd=console_log,
-            nics=tuple(Nic(mac=nic.mac, tap_fd=nic.tap_fd if nic.tap_fd >= 0 else None) for nic in spec.nics),
-        )
-        taps = tuple(nic.tap_fd for nic in spec.nics if nic.tap_fd >= 0)
-        kvm = acceleration.accelerator == "kvm"
-        leaf, netns = spec.launch.leaf, spec.launch.netns_path
-        plan = LaunchPlan(
-            lock_fd=own[0],
-            cgroup_fds=stack.enter_context(open_for_joining(leaf)) if leaf is not None else (),
-            netns_fd=None if netns is None else _close_later(stack, _open(netns, os.O_RDONLY | os.O_CLOEXEC)),
-            own_net=netns is None,
-            root_fd=_close_later(stack, _open(folder.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)),
-            share_fd=None if spec.share is None else _close_later(stack, _open(spec.share, os.O_PATH | os.O_CLOEXEC)),
-            uid=user,
-            gid=user,
-            groups=(_KVM.stat().st_gid,) if kvm and user is not None else (),
-            capabilities=SHARE_CAPABILITIES if spec.share is not None and spec.share_owner else 0,
-            oom_score_adj=spec.launch.oom_score_adj,
-            limits=(
-                (resource.RLIMIT_CORE, 0, 0),
-                (resource.RLIMIT_NOFILE, 4096, 4096),
-                (resource.RLIMIT_MEMLOCK, 0, 0),
-            ),
-            kept_fds=(ram, monitor, agent, console, console_log, *kernel, *taps),
-            kvm=kvm,
-        )
-        plan_fd = stack.enter_context(open_plan(plan))
-        words = scope_argv(leaf, spec.launch.leaf_limits) if leaf is not None else []
-        argv = [*words, str(launcher), str(plan_fd), *qemu_argv(machine)]
-        return spawn(argv, pass_fds=(*plan.fds, plan_fd), output_fd=monitor_log)
-
-    def _machine(self, spec: VmSpec, acceleration: Acceleration) -> QemuMachine:
-        """The machine without anything that only exists once it starts."""
-        return QemuMachine(
-            binary=_resolve(self._config.binary),
-            accelerator=acceleration.accelerator,
-            tsc_khz=acceleration.tsc_khz,
-            memory_bytes=spec.size.memory_bytes,
-            ram_fd=0,
-            ram_shared=False,
-            vcpus=spec.size.vcpus,
-            boot=None,
-            monitor_fd=0,
-            agent_fd=0,
-            console_fd=0,
-            console_log_fd=0,
-            nics=tuple(Nic(mac=_TEMPLATE_MAC) for _ in spec.nics),
-            share=None if spec.share is None else _SHARE,
-            share_owner=spec.share_owner,
-            emulation_buffer_mib=self._config.emulation_buffer_mib,
-        )
-
-    def _choose_user(self, machine_id: str) -> int | None:
-        taken = [
-            MachineFolder(self._config.run_folder, each).read().get("uid")
-            for each in list_machines(self._config.run_folder)
-        ]
-        user = self._users.choose(machine_id, [*(each for each in taken if each is not None), *self._reserved.values()])
-        if user is not None:
-            self._reserved[machine_id] = user
-        return user
-
-    # ---------------------------------------------------------------------------------------------------------- templates
-    def _key(self, spec: VmSpec, acceleration: Acceleration) -> TemplateKey:
-        """Name all that a clone of this machine cannot change."""
-        spec = replace(spec, share_owner=False)  # the host's side only: clones may differ
-        words = Boot(kernel=Path("kernel"), initrd=Path("initrd"), words=spec.guest.words)
-        machine = replace(self._machine(spec, acceleration), boot=words)
-        status = os.stat(machine.binary)
-        program = f"{acceleration.version} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
-        domain = spec.templates.domain if spec.templates.kind == "namespace" else ""
-        parts = (spec.guest.digest, program, spec.templates.kind, domain, *qemu_argv(machine))
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        size = spec.size
-        return TemplateKey(digest=digest, memory_bytes=size.memory_bytes, vcpus=size.vcpus, domain=domain)
-
-    async def _build(self, key: TemplateKey, asked: VmSpec, acceleration: Acceleration) -> Template:
-        """Boot a guest, wait until it is at rest, and keep its memory and device state."""
-        began = time.monotonic()
-        machine_id = hashlib.sha256(f"template {key.digest} {time.time_ns()}".encode()).hexdigest()
-        share = None if asked.share is None else self._template_share(machine_id)
-        leaf = None if asked.launch.leaf is None else _template_leaf(asked.launch.leaf, machine_id)
-        spec = VmSpec(
-            id=machine_id,
-            guest=asked.guest,
-            size=asked.size,
-            nics=(_BARE_NIC,) * len(asked.nics),
-            share=share,
-            launch=LaunchSpec(leaf=leaf),
-            templates=TemplateScope(kind="off"),
-        )
-        ram = make_ram(spec.size.memory_bytes)
-        try:
-            facts = {"boot": "cold", "boot_reason": "", "template": key.digest[:12], "is_template": True}
-            started = await self._launch(spec, acceleration, ram, boot=True, shared=True, facts=facts)
-            async with self._owned(started):
-                agent = MachineFolder(self._config.run_folder, machine_id).agent
-                await self._gate.settle(agent)
-                await self._wait_at_rest(agent)
-                await started.qmp.execute("stop")
-                state = await _take_state(started.qmp, timeout_s=self._config.start_s)
-                with contextlib.suppress(RuntimeDown):
-                    await started.qmp.execute("quit")
-                await wait_ended(started.handle)
-            started.child.reap()
-            os.close(started.handle)
-            await started.qmp.aclose()
-            seal_ram(ram)
-        except BaseException as error:
-            close_ram(ram)
-            if isinstance(error, QmpRefused):
-                raise TemplateRefused(f"the machine monitor refused: {error}") from error
-            raise
-        finally:
-            await asyncio.shield(self._remove_template_machine(machine_id, leaf, share))
-        return Template(key=key, ram_fd=ram, state=state, build_seconds=time.monotonic() - began)
-
-    def _template_share(self, machine_id: str) -> Path:
-        return self._config.run_folder / f".share-{machine_id[:16]}"
-
-    async def _remove_template_machine(self, machine_id: str, leaf: Leaf | None, share: Path | None) -> None:
-        await self.remove(machine_id, leaf=leaf)
-        if share is not None:
-            remove_share(share)
-
-    async def _wait_at_rest(self, agent: Path) -> None:
-        """Wait until the guest's timer is calm: one that ticks would cost every clone percents of a CPU for ever.
-
-        Shortly after its start a guest still ticks; the build's deadline ends the waiting.
-        """
-        deadline = time.monotonic() + self._config.templates.build_s / 2
-        rate = await self._gate.timer_rate(agent)
-        while rate >= _TICKING_PER_S and time.monotonic() < deadline:
-            rate = await self._gate.timer_rate(agent)
-        if rate < _TICKING_PER_S:
-            return
-        raise TemplateRefused(f"the guest's timer ticks {rate:.0f} times a second, it would never be idle")
-
     # ----------------------------------------------------------------------------------------------- adoption and removal
     async def adopt(self, machine_id: str) -> RunningQemu | None:
         folder = MachineFolder(self._config.run_folder, machine_id)
@@ -531,7 +210,7 @@ class QemuVmm:
         except BaseException:
             os.close(handle)
             raise
-        leaf = _leaf_of(record)
+        leaf = leaf_of(record)
         running = RunningQemu(folder, record, qmp=qmp, handle=handle, leaf=leaf, child=None)
         self._follow(running, "")
         return running
@@ -557,7 +236,7 @@ class QemuVmm:
             if time.monotonic() > deadline:
                 raise RuntimeDown(f"the monitor of the machine {machine_id[:12]} is not proven gone")
             await asyncio.sleep(0.005)
-        found = _leaf_of(record) or leaf
+        found = leaf_of(record) or leaf
         if found is not None:
             await remove_leaf(found)
         folder.remove()
@@ -582,108 +261,3 @@ class QemuVmm:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-# ------------------------------------------------------------------------------------------------------ files and states
-def _resolve(binary: str) -> str:
-    found = shutil.which(binary)
-    if found is None:
-        raise NotSupported(f"{binary} is not installed; install it (apt-get install qemu-system-x86)")
-    return os.path.realpath(found)
-
-
-def _close_later(stack: contextlib.ExitStack, descriptor: int) -> int:
-    stack.callback(os.close, descriptor)
-    return descriptor
-
-
-@effect("hyper_vm.open_file")
-def _open(path: Path, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _boot_file(stack: contextlib.ExitStack, path: Path) -> int:
-    """A descriptor of a kernel or initramfs that QEMU's own user may open again: a copy in memory if need be."""
-    descriptor = _close_later(stack, _open(path, os.O_RDONLY | os.O_CLOEXEC))
-    if os.fstat(descriptor).st_mode & 0o004:
-        return descriptor
-    copy = _close_later(stack, os.memfd_create("boot-file", os.MFD_CLOEXEC))
-    while os.sendfile(copy, descriptor, None, 1 << 30):
-        pass
-    return copy
-
-
-def _boot(guest: GuestImage, descriptors: tuple[int, ...]) -> Boot:
-    kernel, initrd = (Path(f"/proc/self/fd/{descriptor}") for descriptor in descriptors)
-    return Boot(kernel=kernel, initrd=initrd, words=guest.words)
-
-
-def _leaf_record(leaf: Leaf) -> dict[str, str]:
-    return {"parent": leaf.parent, "driver": leaf.driver}
-
-
-def _leaf_of(record: Mapping[str, Any]) -> Leaf | None:
-    kept = record.get("leaf")
-    return None if not kept else find_leaf(kept["parent"], record["id"], driver=kept["driver"])
-
-
-def _template_leaf(leaf: Leaf, machine_id: str) -> Leaf:
-    """Templates belong to no pod: their cgroup is below our own parent."""
-    return find_leaf("", machine_id, driver=leaf.driver)
-
-
-@effect("hyper_vm.give_state")
-async def _give_state(qmp: Qmp, state: bytes, *, timeout_s: float) -> None:
-    """Restore a device state into a machine that waits for one. Its memory is in place already."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        try:
-            await qmp.execute("migrate-set-capabilities", _IGNORE_SHARED)
-            await qmp.give_fd(reader, "state")
-        finally:
-            os.close(reader)
-        await qmp.execute("migrate-incoming", {"uri": "fd:state"})
-        await _fill(writer, state)
-    finally:
-        os.close(writer)
-    await qmp.wait_migrated(timeout_s=timeout_s)
-
-
-async def _fill(writer: int, state: bytes) -> None:
-    """Write it all; usually it fits into the pipe at once."""
-    room = fcntl.fcntl(writer, _SET_PIPE_SIZE, _PIPE_BYTES)
-    if len(state) <= room:
-        os.write(writer, state)
-        return
-    view = memoryview(state)
-    while view:
-        written = await asyncio.to_thread(os.write, writer, view[:room])
-        view = view[written:]
-
-
-@effect("hyper_vm.take_state")
-async def _take_state(qmp: Qmp, *, timeout_s: float) -> bytes:
-    """The device state of a halted machine, without its memory."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        try:
-            await qmp.execute("migrate-set-capabilities", _IGNORE_SHARED)
-            await qmp.give_fd(writer, "state")
-        finally:
-            os.close(writer)
-        reading = asyncio.ensure_future(asyncio.to_thread(_read_all, reader))
-        await qmp.execute("migrate", {"uri": "fd:state"})
-        await qmp.wait_migrated(timeout_s=timeout_s)
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.shield(reading)
-    finally:
-        os.close(reader)
-
-
-def _read_all(reader: int) -> bytes:
-    found = bytearray()
-    while chunk := os.read(reader, _PIPE_BYTES):
-        found += chunk
-        if len(found) > _STATE_BYTES:
-            raise TemplateRefused("the machine's device state has no end")
-    return bytes(found)

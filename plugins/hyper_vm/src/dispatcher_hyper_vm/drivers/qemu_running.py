@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dispatcher.api import effect
+from dispatcher.api import effect, read_usage
 from dispatcher.errors import InvalidRequest, OutOfResources, RuntimeDown
 from dispatcher_hyper_vm.drivers import Disk, VmEnd, VmState
 from dispatcher_hyper_vm.drivers.folder import MachineFolder
 from dispatcher_vm_kit.exec import Child
-from dispatcher_vm_kit.leaf import Leaf, read_usage
+from dispatcher_vm_kit.leaf import Leaf
 from dispatcher_vm_kit.process import send_signal, wait_ended
 from dispatcher_vm_kit.qemu_argv import FIRST_FREE_SET, SCSI_BUS
 from dispatcher_vm_kit.qmp_client import Qmp, QmpRefused
@@ -227,7 +227,7 @@ class RunningQemu:
 
     def _explain(self, code: int | None) -> VmEnd:
         """Why it ended, from what QEMU said last, its status where it was our child, and its cgroup."""
-        usage = read_usage(self._leaf) if self._leaf is not None else None
+        usage = read_usage(self._leaf.cgroup, detailed=True) if self._leaf is not None else None
         if self._stopping or self._qmp.ended_by.startswith("host-qmp"):
             return VmEnd(reason="Stopped", exit_code=code)
         if reason := _ENDED_BY.get(self._qmp.ended_by):
