@@ -19,7 +19,7 @@ FUZZ_SECONDS ?= 5
 FUZZ_LONG_SECONDS ?= 3600
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-vm soak fuzz bench lint types format host-demo host-test host-vm clean-host venv install lock proto
+.PHONY: help demo test test-pods test-vm soak fuzz bench lint types format host-demo host-test host-vm clean-host venv install lock proto
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: host-test venv lint types  ## Everything that decides whether a change may
 
 test-vm: host-vm venv  ## The tests that depend on systemd and cgroup v2, in a virtual machine of Debian 12 (VM_ARGS=...)
 	$(BIN)/python -m tests.vm test $(VM_ARGS)
+
+test-pods: host-test venv  ## Pods in virtual machines: the contract of runtimes and a whole node, on real QEMU
+	$(WHOLE) $(BIN)/python -m pytest -m vm tests/vm_pods $(PYTEST_ARGS)
 
 soak: host-test venv  ## Repetitions of what the tests show once: hundreds of kills, thousands of pods
 	$(WHOLE) $(BIN)/python -m pytest -m soak --timeout=7200 $(PYTEST_ARGS)

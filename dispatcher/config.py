@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from dispatcher.yaml_marks import Document, Problem, YamlError, did_you_mean, load, validate
 
 DEFAULT_PATH = Path("/etc/dispatcher/dispatcher.yaml")
-OWN_PLUGINS = ("docker_shim", "cni", "images", "vm_sizing", "streaming")
+OWN_PLUGINS = ("docker_shim", "hyper_vm", "cni", "images", "vm_sizing", "streaming")
 
 
 def _absolute(path: Path) -> Path:

@@ -41,6 +41,7 @@ test command nft             nftables
 test command nginx           nginx-light
 test command openssl         openssl
 test command qemu-system-x86_64 qemu-system-x86
+test command mke2fs          e2fsprogs
 vm   command mmdebstrap      mmdebstrap
 vm   command qemu-system-x86_64 qemu-system-x86
 vm   command mke2fs          e2fsprogs

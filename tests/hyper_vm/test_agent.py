@@ -208,8 +208,8 @@ async def test_a_container_waits_while_nobody_takes_its_output(client: AgentClie
     assert 2 * 1024 * 1024 - 64 * 1024 <= full < 3 * 1024 * 1024  # a block that does not fit waits in the pipe
     total = 0
     async for chunk in client.output("c1", 0):
-        total += len(chunk.data)
-        if chunk.data == b"done\n":
+        total += len(chunk.data)  # "done" may come before the last zeros: it is written to another pipe
+        if total >= 6000005:
             break
         await client.trim_output("c1", chunk.seq)
     assert total == 6000005

@@ -21,6 +21,7 @@ from typing import Any
 
 import grpc
 
+from dispatcher.config import OWN_PLUGINS
 from tests.lab.child import Child, find_program, lab_folder, patient, require_root
 from tests.lab.client import CriClient
 from tests.lab.engine import CGROUP_DRIVER, Engine, engine_section
@@ -30,6 +31,9 @@ from tests.lab.sweep import bridge_of, sweep
 
 _numbers = itertools.count(1)
 CNI_BIN_DIRS = ("/opt/cni/bin", "/usr/lib/cni")
+
+# A node that is meant for virtual machines enables "hyper_vm" as well: others do not have to look for QEMU and KVM.
+LAB_PLUGINS = tuple(name for name in OWN_PLUGINS if name != "hyper_vm")
 
 
 class Node:
@@ -92,6 +96,7 @@ class Node:
             "cgroup_driver": CGROUP_DRIVER,
             "logging": {"level": "debug", "format": "text"},
             "plugins": {
+                "enabled": list(LAB_PLUGINS),
                 "docker_shim": engine_section(self.engine.socket),
                 "images": {"mirrors": mirrors},
                 "cni": {"conf_dirs": [str(self.cni_dir)], "bin_dirs": list(CNI_BIN_DIRS)},

@@ -18,6 +18,7 @@ from dispatcher_cni.config import CniConfig, DefaultNetwork
 from dispatcher_cni.conflist import parse_list
 from dispatcher_cni.default_network import make_default_network
 from dispatcher_docker_shim import config as docker_config
+from dispatcher_hyper_vm import config as vm_config
 from dispatcher_images.config import ImagesConfig
 from dispatcher_streaming.config import StreamingConfig
 from dispatcher_vm_sizing.config import SizingConfig
@@ -67,12 +68,14 @@ def test_plugin_sections_show_every_default(loaded: LoadedConfig) -> None:
     plugins = loaded.config.plugins
     assert CniConfig.from_section(plugins.section("cni")) == CniConfig()
     assert docker_config.parse(plugins.section("docker_shim")) == docker_config.Config()
+    assert vm_config.parse(plugins.section("hyper_vm")) == vm_config.Config()
     assert ImagesConfig.model_validate(dict(plugins.section("images"))) == ImagesConfig()
     assert StreamingConfig.model_validate(dict(plugins.section("streaming"))) == StreamingConfig()
     assert SizingConfig.from_section(plugins.section("vm_sizing")) == SizingConfig()
     models: tuple[tuple[str, type[BaseModel]], ...] = (
         ("cni", CniConfig),
         ("docker_shim", docker_config.Config),
+        ("hyper_vm", vm_config.Config),
         ("images", ImagesConfig),
         ("streaming", StreamingConfig),
         ("vm_sizing", SizingConfig),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,12 +66,16 @@ class Child:
     """A process that we started and that may outlive us."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
         self.pid = process.pid
+        self._exit_code: int | None = None
+        # Python would complain of a child that is let go while it runs, which is what these are for.
+        process.returncode = 0
 
     def reap(self) -> int:
         """Its exit code, negative for a signal; call it once its pidfd is readable. Idempotent."""
-        return self._process.wait()
+        if self._exit_code is None:
+            self._exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._exit_code
 
 
 @effect("vm.spawn")

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
 _RETRY_S = (0.02, 1.0)  # first and longest pause between two attempts to connect
+_GREETING_S = (1.0, 16.0)  # how long a connection may stay without a greeting, at first and at most
 _FAULT_RETRY_S = 5.0  # after the guest broke the protocol
 
 
@@ -382,10 +383,12 @@ class Channel:
 
     async def _run(self) -> None:
         pause, longest = _RETRY_S
+        patience, most_patience = _GREETING_S
         while True:
             session = None
             try:
-                session = await Session.open(self._path, self._on_event)
+                session = await self._open(patience)
+                patience = _GREETING_S[0]
                 self.fault = None
                 self._on_session(session)
                 self._session = session
@@ -396,6 +399,7 @@ class Channel:
             except AgentAway as error:
                 log.debug("no agent", extra={"socket": self._path, "cause": str(error)})
                 self._lose()
+                patience = min(2 * patience, most_patience)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
             except DispatcherError as error:
@@ -407,6 +411,16 @@ class Channel:
             finally:
                 if session is not None:
                     await session.aclose()
+
+    async def _open(self, patience_s: float) -> Session:
+        """A greeted session. A guest whose port slept through our connecting hears the next one: so none is waited for
+        for ever, and each longer than the one before, for guests that are slow.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                return await Session.open(self._path, self._on_event)
+        except TimeoutError as error:
+            raise AgentAway("The virtual machine's agent did not greet.") from error
 
     def _lose(self) -> None:
         self._session = None

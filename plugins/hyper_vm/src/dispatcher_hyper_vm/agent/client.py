@@ -33,6 +33,7 @@ from dispatcher_hyper_vm.agent.values import (
     GuestFigures,
     GuestFile,
     IdMapping,
+    Owner,
     PodSetup,
     read_figures,
     read_info,
@@ -238,25 +239,49 @@ class AgentClient:
         body = {"command": "files", "name": name, "files": batch, "atomic": atomic, "first": first, "last": last}
         await self._request(body, blob)
 
+    async def read_file(self, name: str, path: str, limit: int) -> bytes:
+        """Read at most `limit` bytes (up to 64 KiB) of a file of a set, which containers may have written. Idempotent.
+
+        Raises:
+            NotFound: there is none.
+            InvalidRequest: it is no regular file.
+        """
+        answer = await self._request({"command": "read_file", "name": name, "path": path, "limit": limit})
+        try:
+            return bytes.fromhex(answer.text("data", 2 * limit))[:limit]
+        except ValueError as error:
+            raise RemoteProtocolError("The guest answered no bytes.") from error
+
     async def remove_files(self, name: str) -> None:
         """Remove a set of files. Idempotent."""
         await self._request({"command": "remove_files", "name": name})
 
     async def mount_disk(
-        self, name: str, serial: str, *, filesystem: str = "ext4", read_only: bool = False, options: str = ""
+        self,
+        name: str,
+        serial: str,
+        *,
+        filesystem: str = "ext4",
+        read_only: bool = False,
+        options: str = "",
+        owner: Owner | None = None,
     ) -> None:
-        """Mount the disk with this serial at /run/pod/vol/NAME, waiting for it to appear. Idempotent."""
-        await self._request(
-            {
-                "command": "mount",
-                "name": name,
-                "kind": "disk",
-                "serial": serial,
-                "filesystem": filesystem,
-                "read_only": read_only,
-                "options": options,
-            }
-        )
+        """Mount the disk with this serial at /run/pod/vol/NAME, waiting for it to appear. Idempotent.
+
+        With `owner` the root of what was mounted is given to it.
+        """
+        body: dict[str, Any] = {
+            "command": "mount",
+            "name": name,
+            "kind": "disk",
+            "serial": serial,
+            "filesystem": filesystem,
+            "read_only": read_only,
+            "options": options,
+        }
+        if owner is not None:
+            body |= {"mode": owner.mode, "uid": owner.uid, "gid": owner.gid}
+        await self._request(body)
 
     async def mount_tmpfs(
         self, name: str, *, size_bytes: int = 0, mode: int = 0o1777, uid: int = 0, gid: int = 0

@@ -103,6 +103,15 @@ class GuestFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose a folder is, and its permissions."""
+
+    mode: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rootfs:
     """A container's root: an erofs image on the disk with serial `lower`, and ext4 on the disk `upper` above it.
 

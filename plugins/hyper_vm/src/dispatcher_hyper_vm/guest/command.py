@@ -16,9 +16,8 @@ from typing import Any, Protocol
 from dispatcher_hyper_vm.guest.build import build_agent, kernel_of_files, kernel_of_package, make_guest, place_guest
 from dispatcher_hyper_vm.guest.debian import fetch_kernel, read_package
 from dispatcher_hyper_vm.guest.exec import BuildFailed
-from dispatcher_hyper_vm.guest.registry import DEFAULT, Guest, find_guest, is_guest_name, list_guests
+from dispatcher_hyper_vm.guest.registry import DEFAULT, DEFAULT_FOLDER, Guest, find_guest, is_guest_name, list_guests
 
-DEFAULT_FOLDER = "/var/lib/dispatcher/guests"
 DEFAULT_PACKAGE = "linux-image-amd64"
 
 

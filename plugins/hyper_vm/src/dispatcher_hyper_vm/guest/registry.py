@@ -11,6 +11,7 @@ from dispatcher.errors import NotFound
 from dispatcher_hyper_vm.guest.build import INITRAMFS, KERNEL, MANIFEST, MANIFEST_SCHEMA
 
 DEFAULT = "default"
+DEFAULT_FOLDER = "/var/lib/dispatcher/guests"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 

@@ -183,6 +183,7 @@ void hello_body(struct agent *agent, struct buffer *out);
 #define HANDLER(name) int name(struct agent *agent, const struct request *request, struct buffer *reply, struct err *err)
 HANDLER(command_setup);
 HANDLER(command_files);
+HANDLER(command_read_file);
 HANDLER(command_remove_files);
 HANDLER(command_mount);
 HANDLER(command_unmount);

@@ -17,6 +17,7 @@ static const struct command {
   { "ping", command_ping },
   { "setup", command_setup },
   { "files", command_files },
+  { "read_file", command_read_file },
   { "remove_files", command_remove_files },
   { "mount", command_mount },
   { "unmount", command_unmount },

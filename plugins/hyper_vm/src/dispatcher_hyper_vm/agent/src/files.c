@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 
 #define STAGE "..stage" /* the folder that is being filled */
+#define READ_MOST 65536  /* bytes of a file that the host may read */
 
 static int open_below(int folder, const char *path, int flags, mode_t mode)
 {
@@ -194,6 +195,31 @@ HANDLER(command_files)
   if (folder < 0)
     return err_errno(err, errno, "cannot open the folder %s", path);
   return json_bool(request->body, "atomic", false) ? write_atomic(folder, request, err) : write_all(folder, request, err);
+}
+
+/* What a container wrote into a file of a set, such as its termination message: hex digits, at most `limit` bytes. */
+HANDLER(command_read_file)
+{
+  const char *name = json_string(request->body, "name", ""), *file = json_string(request->body, "path", "");
+  int64_t limit = json_number(request->body, "limit", READ_MOST);
+  char path[128], block[4096];
+  (void)agent;
+  if (!name_is_valid(name) || !path_is_valid(file) || limit < 0 || limit > READ_MOST)
+    return err_set(err, ERR_INVALID, "%.70s/%.100s is no file of a set, or too much of it is wanted", name, file);
+  snprintf(path, sizeof path, FILES_FOLDER "/%s", name);
+  cleanup_fd int folder = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  cleanup_fd int fd = folder < 0 ? -1 : open_below(folder, file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW, 0);
+  struct stat what;
+  if (fd < 0 || fstat(fd, &what) < 0)
+    return errno == ENOENT ? err_set(err, ERR_NOT_FOUND, "there is no file %.100s", file) : err_errno(err, errno, "cannot open %.100s", file);
+  if (!S_ISREG(what.st_mode))
+    return err_set(err, ERR_INVALID, "%.100s is no regular file", file);
+  buffer_format(reply, "\"data\":\"");
+  for (ssize_t size; limit > 0 && (size = read(fd, block, (size_t)limit < sizeof block ? (size_t)limit : sizeof block)) > 0; limit -= size)
+    for (ssize_t i = 0; i < size; i++)
+      buffer_format(reply, "%02x", (unsigned char)block[i]);
+  buffer_format(reply, "\"");
+  return 0;
 }
 
 HANDLER(command_remove_files)

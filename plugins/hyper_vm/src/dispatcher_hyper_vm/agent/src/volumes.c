@@ -7,7 +7,10 @@
 
 struct wanted {
   char name[NAME_MOST + 1], serial[64], filesystem[16], options[128];
-  bool read_only;
+  bool read_only, has_owner;
+  mode_t mode;
+  uid_t uid;
+  gid_t gid;
 };
 
 static struct volume **find(struct agent *agent, const char *name)
@@ -49,6 +52,8 @@ static int step_disk(struct agent *agent, struct job *job, struct err *err)
   unsigned long flags = MS_NODEV | (wanted->read_only ? MS_RDONLY : 0);
   if (mount(node, path, wanted->filesystem, flags, wanted->options) < 0)
     return err_errno(err, errno, "cannot mount the %s file system of disk %s", wanted->filesystem, wanted->serial);
+  if (wanted->has_owner && (chown(path, wanted->uid, wanted->gid) < 0 || chmod(path, wanted->mode) < 0))
+    return err_errno(err, errno, "cannot give the root of disk %s its owner", wanted->serial);
   remember(agent, wanted->name);
   struct buffer body = { 0 };
   buffer_format(&body, "{}");
@@ -75,6 +80,10 @@ static int mount_disk(struct agent *agent, const struct request *request, const 
       snprintf(wanted->filesystem, sizeof wanted->filesystem, "%s", filesystem);
       snprintf(wanted->options, sizeof wanted->options, "%s", json_string(request->body, "options", ""));
       wanted->read_only = json_bool(request->body, "read_only", false);
+      wanted->has_owner = json_get(request->body, "mode") && !wanted->read_only;
+      wanted->mode = (mode_t)json_number(request->body, "mode", 0755) & 07777;
+      wanted->uid = (uid_t)json_number(request->body, "uid", 0);
+      wanted->gid = (gid_t)json_number(request->body, "gid", 0);
       job_add(agent, request->id, "waiting for a disk", DISK_WAIT_NS, step_disk, stop_disk, wanted);
       return 1;
     }
